@@ -1,0 +1,418 @@
+"""What lives here: one frozen dataclass per message, and payloads packed and unpacked. The only importer of msgpack.
+
+It must not know: frames, sessions, what a message makes anybody do. `PROTOCOL.md` is the agreement; the kinds
+below are its kinds, and a test holds its tables against these classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Callable, Mapping, Optional, Union
+
+import msgpack
+
+MAX_BIN = 32_755  # the largest payload there can be: PROTOCOL.md section 1
+MAX_TEXT = 4_096  # PATH_MAX: no name Linux takes is longer, and no sentence should be
+MAX_MARKS = 2_048
+MAX_INT = 2**63 - 1
+
+
+class Malformed(ValueError):
+    """A payload that is no message of this protocol; counted and skipped."""
+
+
+# --- kinds ---------------------------------------------------------------------------------------------------
+
+
+def _uint(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_INT
+
+
+def _int(value: Any) -> bool:
+    return type(value) is int and -MAX_INT - 1 <= value <= MAX_INT
+
+
+def _bool(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _text(value: Any) -> bool:
+    return type(value) is str and len(value) <= MAX_TEXT and len(value.encode("utf-8", "replace")) <= MAX_TEXT
+
+
+def _bin(value: Any) -> bool:
+    return type(value) is bytes and len(value) <= MAX_BIN
+
+
+def _bin8(value: Any) -> bool:
+    return type(value) is bytes and len(value) == 8
+
+
+def _bin16(value: Any) -> bool:
+    return type(value) is bytes and len(value) == 16
+
+
+def _name(value: Any) -> bool:
+    return type(value) is bytes and 1 <= len(value) <= MAX_TEXT
+
+
+def _map(value: Any) -> bool:
+    return type(value) is dict and all(
+        type(key) is str and (item is None or type(item) in (bool, str, bytes) or _int(item))
+        for key, item in value.items()
+    )
+
+
+def _pairs(value: Any) -> bool:
+    return type(value) is list and all(
+        type(pair) is list and len(pair) == 2 and _uint(pair[0]) and _uint(pair[1]) for pair in value
+    )
+
+
+def _tails(value: Any) -> bool:
+    return _pairs(value) and len(value) == 2
+
+
+KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "uint": _uint,
+    "int": _int,
+    "bool": _bool,
+    "text": _text,
+    "bin": _bin,
+    "bin8": _bin8,
+    "bin16": _bin16,
+    "name": _name,
+    "map": _map,
+    "marks": _pairs,
+    "tails": _tails,
+}
+
+
+def _of(kind: str) -> Any:
+    return field(metadata={"kind": kind})
+
+
+def _maybe(kind: str) -> Any:
+    return field(default=None, metadata={"kind": kind, "optional": True})
+
+
+Scalar = Union[None, bool, int, str, bytes]
+Pairs = tuple[tuple[int, int], ...]
+
+# --- messages ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Opens a session. From ``spool`` on the fields are the guest's. Times: ns; ``since_zero`` < 0 before zero."""
+
+    id: bytes = _of("bin8")
+    peer: Optional[bytes] = _of("bin8?")
+    role: str = _of("text")
+    protocol: int = _of("uint")
+    version: str = _of("text")
+    wall: int = _of("uint")
+    spool: Optional[bytes] = _maybe("bin16")
+    boot: Optional[str] = _maybe("text")
+    machine: Optional[str] = _maybe("text")
+    hostname: Optional[bytes] = _maybe("bin")
+    boottime: Optional[int] = _maybe("uint")
+    configured: Optional[bool] = _maybe("bool")
+    since_zero: Optional[int] = _maybe("int")
+    zero_by: Optional[str] = _maybe("text")
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Shows that the sender is there. All but ``wall`` is the guest's."""
+
+    wall: int = _of("uint")
+    boottime: Optional[int] = _maybe("uint")
+    configured: Optional[bool] = _maybe("bool")
+    since_zero: Optional[int] = _maybe("int")
+    zero_by: Optional[str] = _maybe("text")
+    health: Optional[Mapping[str, Scalar]] = _maybe("map")
+
+
+@dataclass(frozen=True)
+class Vmr:
+    """One row of the guest's table; ``vmr`` nil is the mark that ends a session's first round."""
+
+    vmr: Optional[bytes] = _of("name?")
+    state: str = _of("text")
+    attempt: int = _of("uint")
+    reason: str = _of("text")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has begun; answered by :class:`Ack`."""
+
+    run: bytes = _of("bin16")
+    vmr: bytes = _of("name")
+    attempt: int = _of("uint")
+    trigger: str = _of("text")
+    request: bytes = _of("bin")
+    script: bytes = _of("name")
+    boot: str = _of("text")
+    pid: int = _of("uint")
+    started: int = _of("uint")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Bytes of one stream from ``offset``; ``marks`` are (length, wall ns) of the reads joined in ``data``."""
+
+    run: bytes = _of("bin16")
+    stream: int = _of("uint")
+    offset: int = _of("uint")
+    more: bool = _of("bool")
+    marks: Pairs = _of("marks")
+    data: bytes = _of("bin")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """``length`` bytes from ``offset`` that will never come."""
+
+    run: bytes = _of("bin16")
+    stream: int = _of("uint")
+    offset: int = _of("uint")
+    length: int = _of("uint")
+    reason: str = _of("text")
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a run ended. Times: ns; ``max_rss``: bytes; ``ending`` is a value of :class:`vmr_agent.runs.Ending`."""
+
+    run: bytes = _of("bin16")
+    ending: str = _of("text")
+    value: int = _of("uint")
+    text: str = _of("text")
+    started: int = _of("uint")
+    ended: int = _of("uint")
+    started_boottime: int = _of("uint")
+    ended_boottime: int = _of("uint")
+    boot: str = _of("text")
+    stdout: int = _of("uint")
+    stderr: int = _of("uint")
+    user: int = _of("uint")
+    system: int = _of("uint")
+    max_rss: int = _of("uint")
+    asks_reboot: bool = _of("bool")
+
+
+@dataclass(frozen=True)
+class Closed:
+    """No byte will follow; the final lengths."""
+
+    run: bytes = _of("bin16")
+    stdout: int = _of("uint")
+    stderr: int = _of("uint")
+    reason: str = _of("text")
+
+
+@dataclass(frozen=True)
+class Ack:
+    """What of a run the host holds durably; ``state`` is a value of :class:`vmr_agent.runs.RunState`."""
+
+    run: bytes = _of("bin16")
+    state: int = _of("uint")
+    stdout: int = _of("uint")
+    stderr: int = _of("uint")
+    tails: Optional[Pairs] = _maybe("tails")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Time zero is ``delay`` ns from now."""
+
+    delay: int = _of("int")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Asks for something by ``verb``; answered by :class:`Reply`."""
+
+    request: bytes = _of("bin16")
+    verb: str = _of("text")
+    args: Mapping[str, Scalar] = _of("map")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to a :class:`Request`."""
+
+    request: bytes = _of("bin16")
+    ok: bool = _of("bool")
+    error: str = _of("text")
+    result: Mapping[str, Scalar] = _of("map")
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A message of a type this version doesn't know; counted and skipped. Never sent."""
+
+    type: str
+
+
+Message = Union[Hello, Heartbeat, Vmr, Run, Output, Gap, Exit, Closed, Ack, Start, Request, Reply, Unknown]
+
+TYPES: Mapping[str, Any] = {
+    cls.__name__.lower(): cls
+    for cls in (Hello, Heartbeat, Vmr, Run, Output, Gap, Exit, Closed, Ack, Start, Request, Reply)
+}
+
+
+def _fields(cls: Any) -> tuple[tuple[str, str, bool, Callable[[Any], bool]], ...]:
+    rows = []
+    for item in dataclasses.fields(cls):
+        kind = item.metadata["kind"].rstrip("?")
+        optional = item.metadata.get("optional", False) or item.metadata["kind"].endswith("?")
+        rows.append((item.name, kind, optional, KINDS[kind]))
+    return tuple(rows)
+
+
+FIELDS: Mapping[Any, tuple[tuple[str, str, bool, Callable[[Any], bool]], ...]] = {
+    cls: _fields(cls) for cls in TYPES.values()
+}
+"""For each message class its fields: (name, kind, may be nil, check)."""
+
+# --- packing -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A message and what the session needs to place it; ``to`` is empty and ``n`` −1 for a Hello."""
+
+    message: Message
+    to: bytes
+    n: int
+
+
+def pack(message: Message, *, to: bytes = b"", n: int = -1) -> bytes:
+    """The payload of a message. ``to`` and ``n`` are left out for a Hello.
+
+    Raises Malformed when a field holds what its kind does not allow.
+    """
+    cls = type(message)
+    if cls is Unknown:
+        raise Malformed("an unknown message can't be packed")
+    payload: dict[str, Any] = {"type": cls.__name__.lower()}
+    if cls is not Hello:
+        payload["to"] = to
+        payload["n"] = n
+    for name, kind, optional, check in FIELDS[cls]:
+        value = getattr(message, name)
+        if kind in ("marks", "tails") and value is not None:
+            value = [list(pair) for pair in value]
+        elif kind == "map" and value is not None:
+            value = dict(value)
+        if value is None and optional:
+            payload[name] = None
+        elif check(value):
+            payload[name] = value
+        else:
+            raise Malformed(f"{payload['type']}: {name} is no {kind}")
+    packed: bytes = msgpack.packb(payload, use_bin_type=True)
+    return packed
+
+
+def unpack(payload: bytes) -> Envelope:
+    """The message in a payload whose frame was whole. Raises Malformed, and nothing else, for what is none.
+
+    Raises :class:`MalformedMessage` where ``to`` and ``n`` could still be read: that frame used up its ``n``.
+    """
+    try:
+        row = msgpack.unpackb(
+            payload,
+            raw=False,
+            unicode_errors="strict",
+            strict_map_key=True,
+            max_str_len=MAX_BIN,
+            max_bin_len=MAX_BIN,
+            max_array_len=MAX_MARKS,
+            max_map_len=256,
+            max_ext_len=0,
+        )
+    except RecursionError:
+        raise Malformed("nested too deep") from None
+    except Exception as error:  # msgpack raises ValueError, its own classes, TypeError, struct.error …
+        raise Malformed(f"no MessagePack: {type(error).__name__}") from None
+    if type(row) is not dict or type(row.get("type")) is not str:
+        raise Malformed("no map with a type")
+    kind_of_message = row["type"]
+    to, n = b"", -1
+    if kind_of_message != "hello":
+        to, n = row.get("to"), row.get("n")
+        if not _bin8(to) or not _uint(n):
+            raise Malformed("no to or n")
+    cls = TYPES.get(kind_of_message)
+    if cls is None:
+        return Envelope(Unknown(kind_of_message[:64]), to, n)
+    values = {}
+    for name, kind, optional, check in FIELDS[cls]:
+        value = row.get(name)
+        if value is None and optional:
+            values[name] = None
+            continue
+        if not check(value):
+            raise MalformedMessage(f"{kind_of_message}: {name} is no {kind}", to, n)
+        if kind in ("marks", "tails"):
+            value = tuple((pair[0], pair[1]) for pair in value)
+        values[name] = value
+    return Envelope(cls(**values), to, n)
+
+
+class MalformedMessage(Malformed):
+    """A message of a known type with a field missing or of the wrong kind."""
+
+    def __init__(self, sentence: str, to: bytes, n: int) -> None:
+        super().__init__(sentence)
+        self.to = to
+        self.n = n
+
+
+# The hot path. An Output's map is packed by hand, so that `data`, last and largest, is never copied into a
+# packer: the head below plus the bytes as they lie in the spool are the payload. MessagePack: 0x89 is a map of
+# nine, 0xA? a short str, C4 bin 8, C5 bin 16, CF uint 64, DC array 16, 92 an array of two.
+_OUTPUT_START = b"\x89\xa4type\xa6output\xa2to\xc4\x08"
+_MARK = struct.Struct(">BBIBQ")
+_U64 = struct.Struct(">BQ")
+
+
+def output_head(
+    run: bytes, stream: int, offset: int, more: bool, marks: Pairs, length: int, *, to: bytes, n: int
+) -> bytes:
+    """All of an Output's payload but its last ``length`` bytes, which are the data themselves."""
+    packed_marks = b"".join(_MARK.pack(0x92, 0xCE, size, 0xCF, wall) for size, wall in marks)
+    return b"".join(
+        (
+            _OUTPUT_START,
+            to,
+            b"\xa1n",
+            _U64.pack(0xCF, n),
+            b"\xa3run\xc4\x10",
+            run,
+            b"\xa6stream",
+            bytes((stream,)),
+            b"\xa6offset",
+            _U64.pack(0xCF, offset),
+            b"\xa4more",
+            b"\xc3" if more else b"\xc2",
+            b"\xa5marks\xdc",
+            len(marks).to_bytes(2, "big"),
+            packed_marks,
+            b"\xa4data\xc5",
+            length.to_bytes(2, "big"),
+        )
+    )
+
+
+OUTPUT_HEAD = len(output_head(bytes(16), 1, 0, False, (), 0, to=bytes(8), n=0))
+"""Bytes of an Output's payload besides its data and its marks."""
+OUTPUT_MARK = _MARK.size
+"""Bytes one mark takes."""
