@@ -1,0 +1,576 @@
+"""What lives here: the process that holds one run: its pipes, its files in the spool, its exit record.
+
+It outlives the daemon and asks nobody anything: its orders came with the fork, and what it has to say lies in
+the run directory. Standard library only and little of it: part of what is imported here is paid again by each
+run. It must not know: the wire, the schedule, any other room of ours. The spool reads what is written here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import mmap
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+READ = 256 * 1024  # measured: 64 KiB reads cost a quarter of the throughput
+PIPE = 1024 * 1024  # the most an unprivileged pipe may be; more lets the script run on while we sync
+JOIN_NS = 10_000_000  # adjacent reads closer than this share one record of the index
+SYNC_S = 1.0  # what a power cut may take
+RETRY_S = 0.2  # while blocked
+KICK_RETRY_S = 0.005  # the daemon's queue holds 10 datagrams by default
+ETXTBSY_S = 5.0  # how long the script may stay open for writing
+CHECK_S, CHECK_BYTES = 0.25, 1024 * 1024  # how often free space is looked at: whichever comes first
+RESERVE = 32 * 1024 * 1024  # left free for the rest of the VM, or 2 % of a small file system
+EXIT_RECORD = 4096  # blocks taken before the start, so that no shortage can withhold an exit
+
+RECORD = struct.Struct("<QQIB3x")  # offset, wall clock ns, length, stream
+
+_F_SETPIPE_SZ, _F_GETPIPE_SZ = 1031, 1032  # in fcntl from Python 3.10 on
+_PR_SET_CHILD_SUBREAPER = 36
+_prctl = ctypes.CDLL(None).prctl  # looked up once, in the fork server
+
+
+class Waits(Exception):
+    """There is no space to begin; nothing has been started and the same order may be given again."""
+
+
+def main(order: list[bytes], kicks: socket.socket) -> None:
+    """Hold the run that `order` names, to its end; called in the forked process, never returns.
+
+    `kicks` is an unbound datagram socket, which all shims may share.
+    """
+    try:
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.setsid()
+        os.close(_write("/proc/self/comm", b"vmr-shim"))
+        os.umask(0o077)
+        os.chdir(order[1])
+    except OSError:
+        os._exit(1)  # the run's directory is gone, or /dev: nothing is left to hold
+    try:
+        Shim(order, kicks).run()
+    except Waits as no:
+        _note("blocked", str(no))
+    except BaseException as bug:
+        # The script is on its own now. The run becomes lost, with this as the reason.
+        tb = bug.__traceback__
+        while tb is not None and tb.tb_next is not None:
+            tb = tb.tb_next
+        where = f" (line {tb.tb_lineno})" if tb is not None else ""
+        _note("failed", f"{type(bug).__name__}: {bug}{where}")
+    finally:
+        os._exit(0)
+
+
+def _note(name: str, text: str) -> None:
+    try:
+        os.close(_write(name, text.encode("utf-8", "backslashreplace") + b"\n"))
+    except OSError:
+        pass
+
+
+# Small files by descriptor: what open() touches is no longer shared with the fork server, a megabyte a run.
+def _write(name: str, data: bytes) -> int:
+    """Write a small file, whole or not at all; its descriptor is returned for a sync."""
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    if os.write(fd, data) != len(data):
+        os.close(fd)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return fd
+
+
+def _read(name: str | bytes, most: int = 4096) -> bytes:
+    fd = os.open(name, os.O_RDONLY)
+    try:
+        return os.read(fd, most)
+    finally:
+        os.close(fd)
+
+
+def _remove(name: str) -> None:
+    try:
+        os.unlink(name)
+    except OSError:
+        pass
+
+
+class Stream:
+    """One of the two: a pipe on one side, a file of the spool on the other."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number = number
+        self.pipe, self.script_end = os.pipe()
+        os.set_blocking(self.pipe, False)
+        try:
+            fcntl.fcntl(self.pipe, _F_SETPIPE_SZ, PIPE)
+        except OSError:
+            pass  # a user's pipes are limited in sum
+        self.file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self.spooled = 0
+        self.held: list[tuple[bytes, int]] = []  # read, with the wall ns; the file system refused it so far
+        self.dirty = False
+
+    @property
+    def length(self) -> int:
+        return self.spooled + sum(len(data) for data, _ in self.held)
+
+    def close_pipe(self) -> None:
+        os.close(self.pipe)
+        self.pipe = -1
+
+
+class Shim:
+    def __init__(self, order: list[bytes], kicks: socket.socket) -> None:
+        run, self.directory, self.script, self.vmr, attempt, boot_id, self.state_dir, self.kick_path = order
+        self.run_id = bytes.fromhex(run.decode())
+        self.attempt = int(attempt)
+        self.boot_id = boot_id.decode()
+        self.kicks = kicks
+        self.kick_owed = False
+        self.buffer = memoryview(mmap.mmap(-1, READ))  # takes memory only as far as reads fill it
+        self.record_at = -RECORD.size  # where the index's last record lies
+        self.record = (0, 0, 0, 0)
+        self.sync_due = 0.0  # 0: nothing to sync
+        self.blocked = ""
+        self.check_due = 0.0
+        self.unchecked = 0
+        self.pid = 0
+        self.exec_errno = 0
+        self.status: int | None = None
+        self.closed_at_exit = False
+
+    # -- the start --
+
+    def run(self) -> None:
+        # A record lock, not flock: the daemon can ask who holds it (F_GETLK) without taking it, so its
+        # question never makes a shim that is just starting believe that another one is there. Closing *any*
+        # descriptor of the file would drop it: nothing here opens `lock` again.
+        lock = os.open("lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return
+        if _whole("started") or os.path.lexists("exit.json"):
+            return
+        self._listen_for_deaths()
+        self._adopt()
+        try:
+            self._open()
+            go, failed = self._fork()
+        except OSError as error:
+            raise Waits(f"cannot begin: {error.strerror}") from error
+        _remove("blocked")
+        os.write(go, b"g")
+        os.close(go)
+        self._kick()
+        failure = os.read(failed, 4)  # end of file: the script is executing
+        os.close(failed)
+        self.exec_errno = struct.unpack("=i", failure)[0] if failure else 0
+        self._pump()
+
+    def _listen_for_deaths(self) -> None:
+        # Not a pidfd: children that the script left behind end up here too, and are to be reaped as they die.
+        self.wake, wake_end = os.pipe()
+        os.set_blocking(self.wake, False)
+        os.set_blocking(wake_end, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+
+    @staticmethod
+    def _adopt() -> None:
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    def _open(self) -> None:
+        self.streams = (Stream(1, "stdout"), Stream(2, "stderr"))
+        self.index = os.open("index", os.O_WRONLY | os.O_CREAT, 0o600)
+        self.exit = os.open("exit.json.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.posix_fallocate(self.exit, 0, EXIT_RECORD)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+
+    def _fork(self) -> tuple[int, int]:
+        """Make the script's process and all that says so durable; it waits until it is let go."""
+        go_end, go = os.pipe()
+        failed, failed_end = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(go)
+            self._child(go_end, failed_end)
+        for fd in (go_end, failed_end, *(stream.script_end for stream in self.streams)):
+            os.close(fd)
+        self.started_ns = time.time_ns()
+        self.started_boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        row = {
+            "pid": self.pid,
+            "ticks": start_ticks(self.pid),
+            "boot_id": self.boot_id,
+            "wall_ns": self.started_ns,
+            "boottime_ns": self.started_boottime_ns,
+        }
+        try:
+            os.close(_write("started", json.dumps(row).encode() + b"\n"))
+            # One joined sync, the price of "nothing runs twice after a power cut": the files and the
+            # directories that name them, the link in open/ too. Those above are new only with attempt 1.
+            for path in ("run.json", "started", ".", "..", os.path.join(os.fsdecode(self.state_dir), "open")):
+                _sync_path(path)
+            if self.attempt == 1:
+                _sync_path("../..")
+                _sync_path("../../..")
+        except OSError:
+            os.close(go)  # the child leaves at end of file
+            os.waitpid(self.pid, 0)
+            _remove("started")
+            raise
+        return go, failed
+
+    # -- the script's process --
+
+    def _child(self, go: int, failed: int) -> None:
+        code = errno.EIO
+        try:
+            if not os.read(go, 1):
+                os._exit(0)  # the shim died before `started` was durable: this must not run
+            self._become_a_login()
+            code = self._exec()
+        except OSError as error:
+            code = error.errno or errno.EIO
+        finally:
+            os.write(failed, struct.pack("=i", code))
+            os._exit(127)
+
+    def _become_a_login(self) -> None:
+        """Undo what a daemon is and a root login isn't. Every descriptor above 2 is close-on-exec."""
+        os.setsid()
+        os.dup2(self.streams[0].script_end, 1)
+        os.dup2(self.streams[1].script_end, 2)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # dispositions: the fork server saw to them
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY or soft > 1024:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+        try:
+            os.close(_write("/proc/self/oom_score_adj", b"0"))
+        except OSError:
+            pass
+        os.umask(0o022)
+        os.chdir("/")
+
+    def _exec(self) -> int:
+        start_time = self.vmr.partition(b"/")[0]
+        env = {os.fsencode(k): os.fsencode(v) for k, v in os.environ.items() if k in ("PATH", "LANG", "HOME")}
+        env[b"VMR_NAME"] = self.vmr
+        env[b"VMR_START_TIME"] = start_time
+        env[b"VMR_ATTEMPT"] = b"%d" % self.attempt
+        deadline = time.monotonic() + ETXTBSY_S
+        while True:
+            try:
+                os.execve(self.script, [self.script], env)
+            except OSError as error:
+                if error.errno == errno.ENOEXEC:  # no shebang: as execvp does
+                    os.execve(b"/bin/sh", [b"/bin/sh", self.script], env)
+                if error.errno != errno.ETXTBSY or time.monotonic() >= deadline:
+                    return error.errno or errno.EIO
+            time.sleep(0.02)
+
+    # -- the pump --
+
+    def _pump(self) -> None:
+        poll = select.poll()
+        poll.register(self.wake, select.POLLIN)
+        watched: set[int] = set()
+        while self.status is None or any(s.pipe >= 0 or s.held for s in self.streams):
+            # While blocked a pipe is not watched at all: hang-up can't be masked and would spin.
+            wanted = set() if self.blocked else {s.pipe for s in self.streams if s.pipe >= 0}
+            for fd in watched - wanted:
+                poll.unregister(fd)
+            for fd in wanted - watched:
+                poll.register(fd, select.POLLIN)
+            watched = wanted
+            ready = {fd for fd, _ in poll.poll(self._timeout())}
+            for stream in self.streams:
+                if stream.pipe in ready:
+                    self._take(stream, READ)
+            if self.wake in ready:
+                self._reap()
+            if self.blocked:
+                self._try_again()
+            if self.sync_due and time.monotonic() >= self.sync_due:
+                self._sync()
+            if self.kick_owed:
+                self._kick()
+        if not self.closed_at_exit:
+            self._sync()
+            self._write_closed()
+        _remove("blocked")
+
+    def _timeout(self) -> float | None:
+        waits = []
+        if self.sync_due:
+            waits.append(max(0.0, self.sync_due - time.monotonic()))
+        if self.blocked:
+            waits.append(RETRY_S)
+        if self.kick_owed:
+            waits.append(KICK_RETRY_S)
+        return min(waits) * 1000 + 1 if waits else None
+
+    def _take(self, stream: Stream, most: int) -> int:
+        """Read once from a pipe and spool it; 0 when there is nothing, and at its end, where it is closed."""
+        try:
+            count = os.readv(stream.pipe, [self.buffer[:most]])
+        except BlockingIOError:
+            return 0
+        if count == 0:
+            stream.close_pipe()
+            return 0
+        self._put(stream, self.buffer[:count], time.time_ns())
+        self.unchecked += count
+        now = time.monotonic()
+        if not self.sync_due:
+            self.sync_due = now + SYNC_S
+        if self.unchecked >= CHECK_BYTES or now >= self.check_due:
+            self.unchecked, self.check_due = 0, now + CHECK_S
+            self._block(self._no_space())
+        self._kick()
+        return count
+
+    def _put(self, stream: Stream, data: memoryview, wall_ns: int) -> None:
+        while data:
+            if not stream.held:
+                try:
+                    count = os.write(stream.file, data)
+                except OSError as error:
+                    self._block(f"the spool cannot be written: {error.strerror}")
+                else:
+                    stream.dirty = True
+                    self._note_in_index(stream, count, wall_ns)
+                    stream.spooled += count
+                    data = data[count:]
+                    continue
+            stream.held.append((bytes(data), wall_ns))
+            return
+
+    def _note_in_index(self, stream: Stream, count: int, wall_ns: int) -> None:
+        offset, since, length, number = self.record
+        if number == stream.number and 0 <= wall_ns - since < JOIN_NS and length + count < 1 << 32:
+            self.record = (offset, since, length + count, number)
+        else:
+            self.record_at += RECORD.size
+            self.record = (stream.spooled, wall_ns, count, stream.number)
+        try:
+            os.pwrite(self.index, RECORD.pack(*self.record), self.record_at)
+        except OSError:
+            pass  # no byte is lost by it, only its time; a hole reads as zeros and is skipped
+
+    def _sync(self) -> None:
+        self.sync_due = 0.0
+        try:
+            dirty = [stream for stream in self.streams if stream.dirty]
+            for stream in dirty:
+                os.fdatasync(stream.file)
+                stream.dirty = False
+            if dirty:
+                os.fdatasync(self.index)
+        except OSError as error:
+            self._block(f"the spool cannot be synced: {error.strerror}")
+
+    # -- want of space --
+
+    def _no_space(self) -> str:
+        if os.path.exists(os.path.join(self.state_dir, b"full")):
+            return "the spool is over its limit"
+        fs = os.statvfs(".")
+        if fs.f_bavail < min(RESERVE // fs.f_frsize, fs.f_blocks // 50):
+            return "the file system is nearly full"
+        return ""
+
+    def _block(self, reason: str) -> None:
+        if reason and reason != self.blocked:
+            self.blocked = reason
+            _note("blocked", reason)
+            self._kick()
+
+    def _try_again(self) -> None:
+        reason = self._no_space()
+        if not reason or self.status is not None:
+            # After the exit the rest goes into the reserve too: it is bounded by the pipes' size.
+            for stream in self.streams:
+                held, stream.held = stream.held, []
+                for data, wall_ns in held:
+                    self._put(stream, memoryview(data), wall_ns)
+                if held and not stream.held:
+                    self.sync_due = self.sync_due or time.monotonic() + SYNC_S
+                    self._kick()
+        if not reason and not any(stream.held for stream in self.streams):
+            self.blocked = ""
+            _remove("blocked")
+            self._kick()
+
+    # -- the end --
+
+    def _reap(self) -> None:
+        try:
+            os.read(self.wake, 4096)
+        except BlockingIOError:
+            pass
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.pid and self.status is None:
+                self.status = status
+                self._exited(status, usage)
+
+    def _exited(self, status: int, usage: resource.struct_rusage) -> None:
+        ended_ns = time.time_ns()
+        ended_boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        for stream in self.streams:
+            # What the pipe holds now is the script's; what comes later is a background child's.
+            left = fcntl.fcntl(stream.pipe, _F_GETPIPE_SZ) if stream.pipe >= 0 else 0
+            while stream.pipe >= 0 and left > 0:
+                count = self._take(stream, min(READ, left))
+                if not count:
+                    break
+                left -= count
+        if self.blocked:
+            self._try_again()
+        # Four cases: it could not start; a signal; a code; in each the pipes may be open still.
+        text = ""
+        if self.exec_errno:
+            ending, value, text = "errno", self.exec_errno, explain(self.exec_errno, self.script)
+        elif os.WIFSIGNALED(status):
+            ending, value = "signal", os.WTERMSIG(status)
+        else:
+            ending, value = "code", os.WEXITSTATUS(status)
+        self.closed_at_exit = all(stream.pipe < 0 and not stream.held for stream in self.streams)
+        asks = (ending, value) == ("code", 10) or os.path.lexists(
+            os.path.join(os.path.dirname(self.script), b"reboot")
+        )
+        row = {
+            "ending": ending,
+            "value": value,
+            "text": text,
+            "started_ns": self.started_ns,
+            "ended_ns": ended_ns,
+            "started_boottime_ns": self.started_boottime_ns,
+            "ended_boottime_ns": ended_boottime_ns,
+            "boot_id": self.boot_id,
+            "stdout": self.streams[0].length,
+            "stderr": self.streams[1].length,
+            "user_s": usage.ru_utime,
+            "system_s": usage.ru_stime,
+            "max_rss_bytes": usage.ru_maxrss * 1024,
+            "asks_reboot": asks,
+            "closed": self.closed_at_exit,
+        }
+        self._sync()
+        data = json.dumps(row).encode() + b"\n"
+        # A torn record is no record, so the name may come before the sync: one journal commit instead of two.
+        os.pwrite(self.exit, data, 0)
+        os.ftruncate(self.exit, len(data))
+        os.rename("exit.json.new", "exit.json")
+        self._stubbornly_sync(self.exit)
+        self._kick()
+
+    def _write_closed(self) -> None:
+        row = {"stdout": self.streams[0].length, "stderr": self.streams[1].length, "reason": ""}
+        data = json.dumps(row).encode() + b"\n"
+        while True:
+            try:
+                fd = _write("closed.new", data)
+                os.rename("closed.new", "closed")
+                break
+            except OSError as error:
+                self._block(f"the spool cannot be written: {error.strerror}")
+                time.sleep(RETRY_S)
+        self._stubbornly_sync(fd)
+        self._kick()
+
+    @staticmethod
+    def _stubbornly_sync(fd: int) -> None:
+        try:
+            os.fsync(fd)
+            _sync_path(".")
+        except OSError:
+            pass  # it is written; nothing more can be done here, and the daemon can read it
+
+    def _kick(self) -> None:
+        self.kick_owed = False
+        try:
+            self.kicks.sendto(self.run_id, self.kick_path)
+        except BlockingIOError:
+            self.kick_owed = True
+        except OSError:
+            pass  # no daemon; it reads everything when it comes
+
+
+def _whole(name: str) -> bool:
+    """Whether a one-line record is there and not torn. Torn means: power failed before its sync was over."""
+    try:
+        return _read(name).endswith(b"}\n")
+    except FileNotFoundError:
+        return False
+
+
+def _sync_path(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def start_ticks(pid: int) -> int:
+    """Field 22 of /proc/<pid>/stat; the name before it may hold blanks and parentheses."""
+    return int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
+
+
+def explain(number: int, script: bytes) -> str:
+    """Why a script could not be executed: the cause behind the errno, which alone misleads (a missing
+    interpreter is "No such file or directory", with the script in plain sight)."""
+    path = os.fsencode(script).decode("utf-8", "backslashreplace")
+    try:
+        first = _read(script).partition(b"\n")[0]
+    except FileNotFoundError:
+        return f"{path} has vanished"
+    except OSError:
+        first = b""
+    words = first[2:].split() if first.startswith(b"#!") else []
+    interpreter = words[0].decode("utf-8", "backslashreplace") if words else ""
+    if number == errno.ENOENT and first.startswith(b"#!") and first.endswith(b"\r"):
+        return f"the first line of {path} ends in CR LF, so that no interpreter of that name exists"
+    if number == errno.ENOENT and interpreter:
+        return f"the interpreter of {path} is missing: {interpreter}"
+    if number == errno.EACCES:
+        try:
+            if os.statvfs(script).f_flag & os.ST_NOEXEC:
+                return f"{path} lies on a file system mounted noexec"
+            if not os.stat(script).st_mode & 0o111:
+                return f"{path} is not executable"
+        except OSError:
+            pass
+        if interpreter and not os.access(interpreter, os.X_OK):
+            return f"the interpreter of {path} may not be executed: {interpreter}"
+        return f"no permission to execute {path}"
+    if number == errno.ETXTBSY:
+        return f"{path} is still open for writing"
+    return f"{os.strerror(number)}: {path}"
+
+
+if __name__ == "__main__":
+    sys.exit("vmr-agent: the shim is started by its fork server")

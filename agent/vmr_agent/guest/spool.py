@@ -1,0 +1,813 @@
+"""What lives here: the state directory: every run's own directory, and the few facts that outlive the daemon.
+
+The only place that renames, syncs and prunes; shims write a run's files, and what they write is read here.
+It must not know: processes (but for who holds a lock), the wire, the schedule.
+
+    <state>/lock  spool.json  zero.json  configured  full
+    <state>/open/<run id>                         a link to each run that the host has not whole
+    <state>/runs/<start time>/<name>/gone         "seen gone after attempt N"
+    <state>/runs/<start time>/<name>/<attempt>/   run.json lock started stdout stderr index exit.json closed
+                                                  notes and, from a shim in trouble, blocked or failed
+
+It is one module, over the usual length: the rules of what is synced before what hold across all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import heapq
+import json
+import os
+import shutil
+import struct
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from vmr_agent.errors import Problem, show
+from vmr_agent.runs import (
+    Ending,
+    RunId,
+    RunInfo,
+    RunResult,
+    Started,
+    Stream,
+    Trigger,
+    result_from_json,
+    result_to_json,
+    run_path,
+)
+
+RECORD = struct.Struct("<QQIB3x")  # one read in `index`: offset, wall clock ns, length, stream
+_RECORDS_AT_ONCE = 170  # just under one page
+
+KEPT_TAIL = 64 * 1024  # never pruned: the host compares the CRC of its last 64 KiB with ours
+_PUNCH_UNIT = 4096
+_SMALL_FILES = 5 * 4096  # the blocks of run.json, started, exit.json and two directories, near enough
+_DEFAULT_LIMIT = 1 << 30
+_SURVEY_STEP = 200  # runs looked at in one call: 10,000 at once would hold a slow VM's daemon for seconds
+_PRUNE_STEP = 32
+
+
+class Lengths(NamedTuple):
+    """Bytes of the two streams of a run."""
+
+    stdout: int
+    stderr: int
+
+    def of(self, stream: Stream) -> int:
+        return self.stdout if stream is Stream.STDOUT else self.stderr
+
+
+class TimeZero(NamedTuple):
+    """When positive times begin to count. Within the boot it was set in only ``boottime_ns`` counts."""
+
+    boot_id: str
+    boottime_ns: int
+    wall_ns: int
+    source: str
+    """``host`` or ``guest``: who set it."""
+
+
+# -- small files --
+
+
+def _read_row(path: Path) -> Optional[dict[str, Any]]:
+    """A file holding one JSON object; None when it is absent or torn, which means it was never synced."""
+    try:
+        row = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _write_durably(path: Path, row: Mapping[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, json.dumps(row).encode() + b"\n")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    temporary.rename(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_note(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _info_to_row(info: RunInfo) -> dict[str, Any]:
+    return {
+        "run": info.run.hex(),
+        "vmr": os.fsdecode(info.vmr),  # bytes that are not UTF-8 become lone surrogates, which JSON escapes
+        "attempt": info.attempt,
+        "trigger": info.trigger.value,
+        "boot_id": info.boot_id,
+        "created_ns": info.created_ns,
+        "request": info.request.hex(),
+        "script": list(info.script),
+        "holds": info.holds,
+        "number": info.number,
+    }
+
+
+def _info_from_row(row: Mapping[str, Any]) -> RunInfo:
+    device, inode, ctime_ns = row["script"]
+    return RunInfo(
+        run=bytes.fromhex(row["run"]),
+        vmr=os.fsencode(row["vmr"]),
+        attempt=int(row["attempt"]),
+        trigger=Trigger(row["trigger"]),
+        boot_id=str(row["boot_id"]),
+        created_ns=int(row["created_ns"]),
+        request=bytes.fromhex(row["request"]),
+        script=(int(device), int(inode), int(ctime_ns)),
+        holds=bool(row["holds"]),
+        number=int(row["number"]),
+    )
+
+
+# -- one run --
+
+
+class Run:
+    """One run directory. What is asked is read from disk, and kept once it can't change any more."""
+
+    def __init__(self, path: Path, info: RunInfo) -> None:
+        self.path = path
+        self.info = info
+        self._fds: dict[Stream, int] = {}
+        self._cursors: dict[Stream, int] = {}
+        self._started: Optional[Started] = None
+        self._exit: Optional[tuple[RunResult, bool]] = None
+        self._closed: Optional[tuple[Lengths, str]] = None
+        self._settled_usage: Optional[int] = None
+
+    @classmethod
+    def load(cls, path: Path) -> Optional[Run]:
+        """The run in a directory; None when its run.json is absent or torn: then it never started."""
+        row = _read_row(path / "run.json")
+        if row is None:
+            return None
+        try:
+            return cls(path, _info_from_row(row))
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def __repr__(self) -> str:
+        return f"<Run {show(self.info.vmr)} attempt {self.info.attempt}>"
+
+    def __del__(self) -> None:
+        self.close_fds()
+
+    def started(self) -> Optional[Started]:
+        """The script's process, once it is durable that it may run; None also when the record is torn."""
+        if self._started is None:
+            row = _read_row(self.path / "started")
+            try:
+                self._started = Started(**row) if row is not None else None
+            except TypeError:
+                pass
+        return self._started
+
+    def result(self) -> Optional[RunResult]:
+        self._read_exit()
+        return self._exit[0] if self._exit else None
+
+    def closed(self) -> Optional[Lengths]:
+        """The final lengths, once no more bytes can come."""
+        self._read_closed()
+        return self._closed[0] if self._closed else None
+
+    def close_reason(self) -> str:
+        """Why it counts as closed although nobody saw the end of its pipes; empty when they ended."""
+        self._read_closed()
+        return self._closed[1] if self._closed else ""
+
+    def _read_exit(self) -> None:
+        if self._exit is None:
+            row = _read_row(self.path / "exit.json")
+            try:
+                self._exit = (result_from_json(row), bool(row.get("closed"))) if row is not None else None
+            except (KeyError, TypeError, ValueError):
+                pass  # torn
+
+    def _read_closed(self) -> None:
+        if self._closed is not None:
+            return
+        # Three cases: the pipes ended with the process, or the run is lost (exit.json says "closed"); they
+        # ended later (`closed`, by the shim); the shim died first (`closed`, by the daemon, with a reason).
+        self._read_exit()
+        if self._exit is not None and self._exit[1]:
+            result = self._exit[0]
+            reason = result.text if result.ending is Ending.LOST else ""
+            self._closed = (Lengths(result.stdout, result.stderr), reason)
+            return
+        row = _read_row(self.path / "closed")
+        try:
+            if row is not None:
+                self._closed = (Lengths(int(row["stdout"]), int(row["stderr"])), str(row["reason"]))
+        except (KeyError, TypeError, ValueError):
+            pass
+
+    # -- the bytes --
+
+    def fd(self, stream: Stream) -> int:
+        """A descriptor for reading, kept open until :meth:`close_fds`. OSError when there is no such file."""
+        fd = self._fds.get(stream)
+        if fd is None:
+            fd = self._fds[stream] = os.open(self.path / stream.filename, os.O_RDONLY | os.O_CLOEXEC)
+        return fd
+
+    def close_fds(self) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+        self._cursors.clear()
+
+    def lengths(self) -> Lengths:
+        """Bytes spooled so far. Pruned bytes count: an offset never changes."""
+        return Lengths(self._length(Stream.STDOUT), self._length(Stream.STDERR))
+
+    def _length(self, stream: Stream) -> int:
+        try:
+            return os.fstat(self.fd(stream)).st_size
+        except FileNotFoundError:
+            final = self.closed()  # the file was pruned whole, or was never made
+            return final.of(stream) if final else 0
+
+    def read(self, stream: Stream, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from an offset, fewer at the end. What is :meth:`pruned` reads as zeros."""
+        try:
+            return os.pread(self.fd(stream), size, offset)
+        except FileNotFoundError:
+            return b""
+
+    def pruned(self, stream: Stream) -> int:
+        """The offset before which the bytes are gone for want of space: to be sent as a gap."""
+        try:
+            fd = self.fd(stream)
+        except FileNotFoundError:
+            return self._length(stream)
+        try:
+            return os.lseek(fd, 0, os.SEEK_DATA)
+        except OSError as error:
+            # ENXIO: no data at all. Otherwise the file system knows no holes.
+            return os.fstat(fd).st_size if error.errno == errno.ENXIO else 0
+
+    def marks(self, stream: Stream, offset: int, size: int) -> list[tuple[int, int]]:
+        """(length, wall clock ns) of the reads that brought [offset, offset + size), in order.
+
+        Stream files are the truth: what the index says beyond the asked range is cut, what it does not cover
+        gets one piece with the file's time. Reading on from where the last call ended costs one small read.
+        """
+        end = offset + size
+        marks: list[tuple[int, int]] = []
+        try:
+            fd = os.open(self.path / "index", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            fd = -1
+        try:
+            if fd >= 0:
+                for start, length, wall_ns in self._records(fd, stream, offset):
+                    if start >= end:
+                        break
+                    if start > offset:
+                        marks.append((start - offset, self._file_time(stream)))
+                        offset = start
+                    piece = min(start + length, end) - offset
+                    if piece > 0:
+                        marks.append((piece, wall_ns))
+                        offset += piece
+                    if offset >= end:
+                        break
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        if offset < end:
+            marks.append((end - offset, self._file_time(stream)))
+        return marks
+
+    def _records(self, fd: int, stream: Stream, offset: int) -> Iterator[tuple[int, int, int]]:
+        """The stream's index records from the one that holds `offset` on, as (offset, length, wall ns).
+
+        The cursor is the place of the last record yielded, not the one behind it: the shim may lengthen the
+        last record in place.
+        """
+        place = self._cursors.get(stream, 0)
+        if place:
+            found = os.pread(fd, RECORD.size, place)
+            if len(found) < RECORD.size or RECORD.unpack(found)[0] > offset:
+                place = 0
+        while True:
+            block = os.pread(fd, RECORD.size * _RECORDS_AT_ONCE, place)
+            whole = len(block) - len(block) % RECORD.size
+            for at in range(0, whole, RECORD.size):
+                start, wall_ns, length, number = RECORD.unpack_from(block, at)
+                if number != stream or start + length <= offset:
+                    continue
+                self._cursors[stream] = place + at
+                yield start, length, wall_ns
+            if whole < RECORD.size * _RECORDS_AT_ONCE:
+                return
+            place += whole
+
+    def _file_time(self, stream: Stream) -> int:
+        try:
+            return os.fstat(self.fd(stream)).st_mtime_ns
+        except OSError:
+            return self.info.created_ns
+
+    # -- who has it --
+
+    def holder(self) -> Optional[int]:
+        """The pid of the shim that holds the run.
+
+        F_GETLK asks and takes nothing, so asking can't make a shim that is just starting believe that there
+        is another one; and the kernel's answer can't be stale, as a pid in a file can.
+        """
+        try:
+            fd = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            layout = "hhqqi4x"  # struct flock: type, whence, start, length, pid
+            question = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, _, _, _, pid = struct.unpack(layout, fcntl.fcntl(fd, fcntl.F_GETLK, question))
+        finally:
+            os.close(fd)
+        return None if kind == fcntl.F_UNLCK else int(pid)
+
+    def locked(self) -> bool:
+        return self.holder() is not None
+
+    def blocked(self) -> str:
+        """Why the run stands still, or can't begin, for want of space; empty when it doesn't."""
+        return _read_note(self.path / "blocked")
+
+    def failure(self) -> str:
+        """What a shim that failed by itself left as its last word."""
+        return _read_note(self.path / "failed")
+
+    # -- what the daemon writes --
+
+    def write_lost(self, reason: str, *, stdout: int, stderr: int, asks_reboot: bool = False) -> RunResult:
+        """End a run that nobody saw ending; its end is the last sign of life that its files give."""
+        started = self.started()
+        assert started is not None, "a run that was not started is not lost: it starts"
+        seen = [started.wall_ns]
+        for stream in Stream:
+            with contextlib.suppress(OSError):
+                seen.append(os.fstat(self.fd(stream)).st_mtime_ns)
+        result = RunResult(
+            ending=Ending.LOST,
+            value=0,
+            text=reason,
+            started_ns=started.wall_ns,
+            ended_ns=max(seen),
+            started_boottime_ns=started.boottime_ns,
+            ended_boottime_ns=started.boottime_ns + max(seen) - started.wall_ns,
+            boot_id=started.boot_id,
+            stdout=stdout,
+            stderr=stderr,
+            asks_reboot=asks_reboot,
+        )
+        _write_durably(self.path / "exit.json", {**result_to_json(result), "closed": True})
+        return result
+
+    def write_closed(self, reason: str) -> None:
+        stdout, stderr = self.lengths()
+        _write_durably(self.path / "closed", {"stdout": stdout, "stderr": stderr, "reason": reason})
+
+    def remember(self, key: str) -> None:
+        """Keep a small note with the run, such as the id of a kill request that was carried out."""
+        line = json.dumps(key).encode() + b"\n"
+        fd = os.open(self.path / "notes", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, line)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        _sync_directory(self.path)
+
+    def remembered(self, key: str) -> bool:
+        try:
+            return json.dumps(key).encode() in (self.path / "notes").read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return False
+
+    # -- space --
+
+    def usage(self) -> int:
+        """Bytes of disk it takes; counted once only when no more can come."""
+        if self._settled_usage is not None:
+            return self._settled_usage
+        total = _SMALL_FILES
+        for name in ("stdout", "stderr", "index"):
+            with contextlib.suppress(OSError):
+                total += (self.path / name).stat().st_blocks * 512
+        if self.closed() is not None:
+            self._settled_usage = total
+        return total
+
+    def prune(self, acked: Lengths, *, whole: bool) -> None:
+        """Give back the blocks of acked bytes, all but each stream's tail; offsets stay what they are.
+
+        `whole`: the host has all of it, so the index may go too, and where the file system can't punch holes
+        the files themselves.
+        """
+        self._settled_usage = None
+        try:
+            for stream in Stream:
+                with contextlib.suppress(FileNotFoundError):
+                    length = os.fstat(self.fd(stream)).st_size
+                    _punch(self.path / stream.filename, min(acked.of(stream), length - KEPT_TAIL))
+            if whole:
+                with contextlib.suppress(FileNotFoundError):
+                    _punch(self.path / "index", (self.path / "index").stat().st_size - _PUNCH_UNIT)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            if whole:
+                self.close_fds()
+                for name in ("stdout", "stderr", "index"):
+                    with contextlib.suppress(FileNotFoundError):
+                        (self.path / name).unlink()
+
+
+def _punch(path: Path, upto: int) -> None:
+    upto -= upto % _PUNCH_UNIT
+    if upto <= 0:
+        return
+    import ctypes  # only a spool over its limit pays for it
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    fallocate = getattr(libc, "fallocate64", None) or libc.fallocate  # musl has one name, with 64 bits
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    keep_size, punch_hole = 1, 2
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        if fallocate(fd, keep_size | punch_hole, 0, upto) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), os.fspath(path))
+    finally:
+        os.close(fd)
+
+
+# -- all runs --
+
+
+class History:
+    """The runs in a state directory, for reading: what the verbs use beside a running daemon."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir
+        self._known: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()
+
+    def _load(self, path: Path) -> Optional[Run]:
+        """The one Run object of a directory, so that its descriptors and its cursors are shared."""
+        key = os.fspath(path)
+        run = self._known.get(key)
+        if run is None:
+            run = Run.load(path)
+            if run is not None:
+                self._known[key] = run
+        return run
+
+    def _attempts(self, vmr: bytes) -> list[int]:
+        try:
+            names = os.listdir((self.path / "runs" / run_path(vmr, 1)).parent)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def run(self, vmr: bytes, attempt: int) -> Optional[Run]:
+        return self._load(self.path / "runs" / run_path(vmr, attempt))
+
+    def runs_of(self, vmr: bytes) -> list[Run]:
+        """Every run of a VMR, oldest first."""
+        runs = (self.run(vmr, attempt) for attempt in self._attempts(vmr))
+        return [run for run in runs if run is not None]
+
+    def latest(self, vmr: bytes) -> Optional[Run]:
+        for attempt in reversed(self._attempts(vmr)):
+            run = self.run(vmr, attempt)
+            if run is not None:
+                return run
+        return None
+
+
+class Spool(History):
+    """The state directory, held by one daemon."""
+
+    def __init__(self, state_dir: Path, *, limit: Optional[int] = None) -> None:
+        super().__init__(state_dir)
+        try:
+            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            state_dir.chmod(0o700)
+            self._lock = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Problem(f"cannot use {state_dir}: another vmr-agent has it") from None
+            (state_dir / "open").mkdir(mode=0o700, exist_ok=True)
+            (state_dir / "runs").mkdir(mode=0o700, exist_ok=True)
+            fs = os.statvfs(state_dir)
+        except OSError as error:
+            raise Problem(
+                f"cannot use {state_dir}: {error.strerror}", hint="--state-dir names another directory"
+            ) from error
+        self.limit = limit or min(_DEFAULT_LIMIT, fs.f_blocks * fs.f_frsize // 10)
+        self._id = b""
+        self._zero: Optional[TimeZero] = None
+        self._latest: dict[bytes, Optional[Run]] = {}
+        self._gone: dict[bytes, int] = {}
+        self._open = self._repair_open()
+        self._full = (state_dir / "full").exists()
+        # The survey counts what was whole before this daemon; release() counts what was open or came later.
+        self._settled = 0
+        self._prunable: list[tuple[int, str]] = []
+        self._not_surveyed = {os.fspath(run.path) for run in self._open.values()}
+        self._survey: Optional[Iterator[Path]] = self._every_directory()
+
+    def close(self) -> None:
+        for run in self._open.values():
+            run.close_fds()
+        os.close(self._lock)
+
+    # -- identity and the facts that outlive the daemon --
+
+    @property
+    def id(self) -> bytes:
+        """16 random bytes that name this spool; made, durable, by whoever asks first."""
+        if not self._id:
+            row = _read_row(self.path / "spool.json")
+            try:
+                self._id = bytes.fromhex(row["id"]) if row is not None else b""
+            except (KeyError, TypeError, ValueError):
+                pass
+        if not self._id:
+            self._new_id()
+        return self._id
+
+    def _new_id(self) -> None:
+        fresh = os.urandom(16)
+        _write_durably(self.path / "spool.json", {"id": fresh.hex()})
+        self._id = fresh
+
+    def new_life(self) -> None:
+        """Take a new id, and let every run go to the host once more.
+
+        Links first: a crash in between sends runs again that the host has, which it says; the other way round
+        a part of them would never be sent.
+        """
+        for path in self._every_directory():
+            run = self._load(path)
+            if run is not None and run.info.run not in self._open:
+                self._link(run.info)
+                self._open[run.info.run] = run
+        _sync_directory(self.path / "open")
+        self._new_id()
+        self._settled, self._prunable, self._survey = 0, [], None
+
+    def zero(self) -> Optional[TimeZero]:
+        if self._zero is None:
+            row = _read_row(self.path / "zero.json")
+            try:
+                self._zero = TimeZero(**row) if row is not None else None
+            except TypeError:
+                pass
+        return self._zero
+
+    def set_zero(self, zero: TimeZero) -> TimeZero:
+        """Set time zero, durable; once: the one that stands is returned."""
+        standing = self.zero()
+        if standing is None:
+            _write_durably(self.path / "zero.json", zero._asdict())
+            standing = self._zero = zero
+        return standing
+
+    def configured(self) -> bool:
+        return (self.path / "configured").exists()
+
+    def set_configured(self) -> None:
+        if not self.configured():
+            _write_durably(self.path / "configured", {})
+
+    def forget(self) -> None:
+        """Forget history and id, as before the first start. The caller sees to it that nothing runs."""
+        for name in ("spool.json", "zero.json", "configured", "full"):
+            with contextlib.suppress(FileNotFoundError):
+                (self.path / name).unlink()
+        for name in ("open", "runs"):
+            shutil.rmtree(self.path / name)
+            (self.path / name).mkdir(mode=0o700)
+        _sync_directory(self.path)
+        for run in self._open.values():
+            run.close_fds()
+        self._id, self._zero, self._full = b"", None, False
+        self._known.clear()
+        self._latest.clear()
+        self._gone.clear()
+        self._open.clear()
+        self._settled, self._prunable, self._survey = 0, [], None
+
+    # -- runs --
+
+    def latest(self, vmr: bytes) -> Optional[Run]:
+        if vmr not in self._latest:
+            run = super().latest(vmr)
+            if run is not None and run.closed() is None and run.info.run not in self._open:
+                # Its link was lost with the power: only what is closed may be without.
+                self._link(run.info)
+                self._open[run.info.run] = run
+            self._latest[vmr] = run
+        return self._latest[vmr]
+
+    def open_runs(self) -> list[Run]:
+        """The runs that the host has not whole, oldest first."""
+        return sorted(self._open.values(), key=lambda run: (run.info.created_ns, run.info.attempt))
+
+    def create(
+        self,
+        vmr: bytes,
+        trigger: Trigger,
+        *,
+        boot_id: str,
+        now_ns: int,
+        request: bytes = b"",
+        script: tuple[int, int, int] = (0, 0, 0),
+        holds: bool = False,
+        number: int = 0,
+    ) -> Run:
+        """Make the next run of a VMR: link, directory, run.json, in this order.
+
+        Nothing is synced: the shim syncs all of it at once before the script may run, and what a power cut
+        leaves without a whole run.json never started. Problem, and nothing left, where it can't be made.
+        """
+        attempts = self._attempts(vmr) if vmr not in self._latest else []
+        latest = self.latest(vmr)
+        attempt = max([latest.info.attempt if latest else 0, *attempts]) + 1
+        info = RunInfo(os.urandom(16), vmr, attempt, trigger, boot_id, now_ns, request, script, holds, number)
+        path = self.path / "runs" / run_path(vmr, attempt)
+        try:
+            self._link(info)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.mkdir(mode=0o700)
+            fd = os.open(path / "run.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                row = json.dumps(_info_to_row(info)).encode() + b"\n"
+                if os.write(fd, row) != len(row):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(fd)
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            self._unlink(info.run)
+            raise Problem(f"cannot begin a run of {show(vmr)}: {error.strerror}") from error
+        run = Run(path, info)
+        self._known[os.fspath(path)] = run
+        self._open[info.run] = run
+        self._latest[vmr] = run
+        if self._survey is not None:
+            self._not_surveyed.add(os.fspath(path))
+        return run
+
+    def release(self, run: Run) -> None:
+        """The host has the run whole; nothing about it is asked at the next start.
+
+        Not synced: should the link come back after a power cut, the host is asked once more and says so.
+        """
+        run.close_fds()
+        self._unlink(run.info.run)
+        if self._open.pop(run.info.run, None) is not None:
+            self._count_settled(run)
+
+    def mark_gone(self, vmr: bytes, after_attempt: int) -> None:
+        """Record that the VMR was seen gone: one that appears under its name later is a new one."""
+        if after_attempt and self._gone_after(vmr) != after_attempt:
+            path = (self.path / "runs" / run_path(vmr, 1)).parent / "gone"
+            _write_durably(path, {"after_attempt": after_attempt})
+            self._gone[vmr] = after_attempt
+
+    def gone(self, vmr: bytes) -> bool:
+        """Whether it was seen gone since its latest attempt."""
+        latest = self.latest(vmr)
+        return latest is not None and self._gone_after(vmr) == latest.info.attempt
+
+    def _gone_after(self, vmr: bytes) -> int:
+        if vmr not in self._gone:
+            row = _read_row((self.path / "runs" / run_path(vmr, 1)).parent / "gone")
+            self._gone[vmr] = int(row.get("after_attempt", 0)) if row is not None else 0
+        return self._gone[vmr]
+
+    def _link(self, info: RunInfo) -> None:
+        target = f"../runs/{run_path(info.vmr, info.attempt)}"
+        with contextlib.suppress(FileExistsError):
+            (self.path / "open" / info.run.hex()).symlink_to(target)
+
+    def _unlink(self, run: RunId) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / "open" / run.hex()).unlink()
+
+    def _repair_open(self) -> dict[RunId, Run]:
+        found: dict[RunId, Run] = {}
+        for link in (self.path / "open").iterdir():
+            # Four cases: a whole run; a directory whose run.json never came to the disk, which never started;
+            # no directory at all; somebody else's run, because the number was given again.
+            path = self.path / "runs" / os.path.relpath(os.readlink(link), "../runs")
+            run = self._load(path)
+            if run is not None and run.info.run.hex() == link.name:
+                found[run.info.run] = run
+                continue
+            if run is None and path.is_dir() and not (path / "started").exists():
+                shutil.rmtree(path)
+            link.unlink()
+        return found
+
+    def _every_directory(self) -> Iterator[Path]:
+        for start_time in os.scandir(self.path / "runs"):
+            for name in os.scandir(start_time.path):
+                with os.scandir(name.path) as attempts:
+                    yield from (Path(attempt.path) for attempt in attempts if attempt.name.isdecimal())
+
+    # -- space --
+
+    def usage(self) -> int:
+        """Bytes of disk that runs take; what was there before this daemon is counted over the first calls."""
+        return self._settled + sum(run.usage() for run in self._open.values())
+
+    def enforce(self, acked: Mapping[RunId, Lengths]) -> bool:
+        """Keep the spool under its limit; whether it is full all the same, so that shims stop reading.
+
+        `acked` are the bytes the host holds durably of the runs in open/. To be called now and then; under
+        the limit it costs three stat calls a live run.
+        """
+        self._continue_survey()
+        used = self.usage()
+        if used > self.limit:
+            # Down to nine tenths, so that it is not done again for each megabyte.
+            self._prune(acked, used - self.limit // 10 * 9)
+            used = self.usage()
+        full = used > (self.limit // 20 * 19 if self._full else self.limit)
+        if full and not self._full:
+            with contextlib.suppress(OSError):
+                (self.path / "full").touch(0o600)
+        elif self._full and not full:
+            (self.path / "full").unlink(missing_ok=True)
+        self._full = full
+        return full
+
+    def _continue_survey(self) -> None:
+        if self._survey is None:
+            return
+        for _ in range(_SURVEY_STEP):
+            path = next(self._survey, None)
+            if path is None:
+                self._survey = None
+                self._not_surveyed.clear()
+                return
+            if os.fspath(path) not in self._not_surveyed:
+                run = self._load(path)
+                if run is not None:
+                    self._count_settled(run)
+
+    def _count_settled(self, run: Run) -> None:
+        self._settled += run.usage()
+        if max(run.lengths()) > KEPT_TAIL:
+            heapq.heappush(self._prunable, (run.info.created_ns, os.fspath(run.path)))
+        run.close_fds()
+
+    def _prune(self, acked: Mapping[RunId, Lengths], excess: int) -> None:
+        for _ in range(_PRUNE_STEP):
+            if excess <= 0 or not self._prunable:
+                break
+            run = self._load(Path(heapq.heappop(self._prunable)[1]))
+            final = run.closed() if run is not None else None
+            if run is not None and final is not None:
+                before = run.usage()
+                run.prune(final, whole=True)
+                freed = before - run.usage()
+                self._settled -= freed
+                excess -= freed
+                run.close_fds()
+        for run in self.open_runs():
+            if excess <= 0:
+                break
+            if run.info.run in acked:
+                before = run.usage()
+                run.prune(acked[run.info.run], whole=False)
+                excess -= before - run.usage()
