@@ -5,6 +5,7 @@ Guest and host both speak them. It must not know: where anything is stored, or h
 
 from __future__ import annotations
 
+import datetime
 import enum
 import hashlib
 import string
@@ -190,3 +191,14 @@ def run_path(vmr: bytes, attempt: int) -> str:
     """``<start time>/<name>/<attempt>``, each encoded: where a run lies in the spool and in the log directory."""
     start_time, _, name = vmr.partition(b"/")
     return f"{path_segment(start_time)}/{path_segment(name)}/{attempt}"
+
+
+def timestamp(wall_ns: int) -> str:
+    """A wall-clock time as every ``--json`` writes it: UTC, always six digits.
+
+    A guest may claim any time; one that no calendar has is shown as the nearest there is.
+    """
+    seconds, ns = divmod(wall_ns, 10**9)
+    seconds = min(max(seconds, -62_135_596_800), 253_402_300_799)  # the years 1 to 9999
+    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
+    return f"{moment.isoformat(timespec='seconds')}.{ns // 1000:06d}Z"

@@ -1,0 +1,154 @@
+"""What lives here: the local socket between the daemon and the verbs: one JSON object a line, so `socat` works too.
+
+It must not know: what a verb does. Output bytes never cross it: `logs` and `rerun` read the spool. Names are JSON
+strings made with `os.fsdecode`, so bytes that are not UTF-8 pass as lone surrogates.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Optional
+
+from vmr_agent.errors import Problem
+
+SOCKET = "control"
+_MAX_LINE = 64 * 1024
+MAX_CLIENTS = 64
+_MAX_UNREAD = 1 << 20  # bytes a client may leave unread before it is let go: a stopped shell must cost nothing
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+def listen(path: Path) -> socket.socket:
+    """The listening socket, 0600. An old one there was left by a daemon that died: the spool's lock says so."""
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    old = os.umask(0o177)
+    try:
+        sock.bind(os.fspath(path))
+    finally:
+        os.umask(old)
+    sock.listen(MAX_CLIENTS)
+    return sock
+
+
+def may_ask(sock: socket.socket) -> bool:
+    """Whether the peer is root or this process's own user."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(raw)
+    return uid in (0, os.geteuid())
+
+
+class Client:
+    """One verb at the daemon's end: lines in, lines out, never blocking."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.setblocking(False)
+        self.watching: Optional[bytes] = None
+        """The run whose events it wants."""
+        self._in = b""
+        self._out = b""
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    @property
+    def wants_to_write(self) -> bool:
+        return bool(self._out)
+
+    def read(self) -> Optional[list[Mapping[str, Any]]]:
+        """The requests that came; None when the client is gone or talks nonsense."""
+        try:
+            data = self.sock.recv(_MAX_LINE)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        *lines, self._in = (self._in + data).split(b"\n")
+        if len(self._in) > _MAX_LINE:
+            return None
+        requests: list[Mapping[str, Any]] = []
+        for line in lines:
+            try:
+                request = json.loads(line)
+            except (ValueError, RecursionError):
+                request = None
+            if not isinstance(request, dict) or not isinstance(request.get("verb"), str):
+                self.say({"ok": False, "error": 'cannot read the request: one JSON object a line, with a "verb"'})
+                continue
+            requests.append(request)
+        return requests
+
+    def say(self, row: Mapping[str, Any]) -> bool:
+        """Queue a line; False when the client is gone or doesn't read."""
+        self._out += json.dumps(row).encode("ascii") + b"\n"
+        return self.flush()
+
+    def flush(self) -> bool:
+        try:
+            while self._out:
+                self._out = self._out[self.sock.send(self._out) :]
+        except BlockingIOError:
+            return len(self._out) <= _MAX_UNREAD
+        except OSError:
+            return False
+        return True
+
+
+class Daemon:
+    """The daemon as a verb sees it: ask, and read what it says."""
+
+    def __init__(self, path: Path, *, program: str, hint: str) -> None:
+        """Connect to the socket at ``path``. Raises Problem when nobody is there or it may not be asked."""
+        self._program = program
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._sock.connect(os.fspath(path))
+        except OSError as error:
+            self._sock.close()
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise Problem(f"cannot ask the {program} at {path}: permission denied", hint="try as root") from None
+            raise Problem(f"cannot reach the {program} at {path}: it isn't running", hint=hint) from None
+        self._file = self._sock.makefile("rb")
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._sock.close()
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def ask(self, verb: str, **args: Any) -> dict[str, Any]:
+        """Do a verb and return its answer. Raises Problem when it could not be done."""
+        try:
+            self._sock.sendall(json.dumps({"verb": verb, **args}).encode("ascii") + b"\n")
+            line = self._file.readline()
+        except OSError:
+            line = b""
+        if not line:
+            raise Problem(f"cannot hear the {self._program}: it went away before it answered")
+        answer = json.loads(line)
+        if not answer.pop("ok", False):
+            raise Problem(str(answer.get("error", "cannot do that")), hint=answer.get("hint"))
+        return dict(answer)
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What the daemon says unasked, until it goes away."""
+        while True:
+            try:
+                line = self._file.readline()
+            except OSError:
+                return
+            if not line.endswith(b"\n"):
+                return
+            yield json.loads(line)

@@ -1,0 +1,853 @@
+"""What lives here: the guest's one event loop, which owns time and signals and wires the rooms together.
+
+The only file of the guest that knows all rooms. What goes round in it: the watcher says what is staged, the
+roster what has run, the schedule what starts; the runner starts it; shims fill the spool; the shipper empties it
+into the session, the session into the port. Over 400 lines, because wiring pulled apart is harder to follow.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Callable, Optional, Union
+
+import vmr_agent
+from vmr_agent import control
+from vmr_agent.errors import Problem, show
+from vmr_agent.guest import processes, roster
+from vmr_agent.guest.port import Port, PortState
+from vmr_agent.guest.roster import Entry, Roster
+from vmr_agent.guest.runner import Runner
+from vmr_agent.guest.settings import Settings
+from vmr_agent.guest.shipper import Diverged, Shipper
+from vmr_agent.guest.spool import Lengths, Run, Spool, TimeZero
+from vmr_agent.guest.watcher import Watcher
+from vmr_agent.runs import RunId, RunState, Trigger
+from vmr_agent.schedule import Decision, Now, Staging, decide, explain
+from vmr_agent.wire import messages
+from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
+
+IDLE = 5.0  # s; what nothing tells is looked for so often
+LIVE = 1.0  # s; the same while a run is live: a shim that was killed tells nobody
+FULL = 30.0  # s; everything is looked at, for events can be lost
+_ROOM = 1.0  # s; a port that was full is tried again, for kernels 5.15 to 6.1 can lose the wake-up
+_BURST = 64  # frames written, and reads taken, before the loop looks at the rest
+_REBOOT_S = 300.0  # a reboot command that has not rebooted by then has failed
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def say(line: str) -> None:
+    """One line to the log, which is standard error; journald adds the time."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def notify(state: str) -> None:
+    """Tell systemd; nothing where it doesn't ask (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock, suppress(OSError):
+        sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+class Daemon:
+    """Everything the guest does. :meth:`run` returns when it was told to stop."""
+
+    def __init__(self, settings: Settings, *, log: Callable[[str], None] = say) -> None:
+        """Take the spool and the sockets. Raises Problem when another daemon has them, or they can't be made."""
+        self._settings = settings
+        self._log = log
+        self._launch = os.fsencode(settings.launch_dir)
+        self._boot_id = boot_id()
+        self._runtime = _make_runtime(settings.runtime_dir)
+        self._spool = Spool(settings.state_dir, limit=settings.spool_limit or None)
+        self._selector = selectors.DefaultSelector()
+        self._stopping = False
+
+        self._kicks = _kick_socket(self._runtime / "kick")
+        # The fork server comes before any thread and before the port: what it has, every run would inherit.
+        self._runner = Runner(
+            self._spool, kick_path=self._runtime / "kick", launch_dir=settings.launch_dir, log=log, boot_id=self._boot_id
+        )
+        self._roster = Roster(self._spool, self._boot_id)
+        self._shipper = Shipper(self._launch)
+        self._live: dict[RunId, Run] = {}
+        self._watcher = Watcher(settings.launch_dir, settle=settings.settle, log=log)
+        self._port = Port(settings.port, holders=processes.users_of)
+        self._session = Session(
+            Role.GUEST, introduce=self._introduce, beat=self._beat, make_id=lambda: os.urandom(8)
+        )
+        self._outbox: deque[Union[bytes, memoryview]] = deque()
+        self._blocked = False  # the port took nothing more
+        self._port_said = ""
+        self._listener = control.listen(self._runtime / control.SOCKET)
+        self._clients: set[control.Client] = set()
+
+        self._since = boottime()
+        self._undecided = True
+        self._wake: Optional[float] = None
+        self._held = False
+        self._problem: Optional[str] = None
+        self._given_up: set[bytes] = set()
+        self._rows_sent: dict[bytes, tuple[str, int]] = {}
+        self._changed_rows: set[bytes] = set()
+        self._reboot: Optional[subprocess.Popen[bytes]] = None
+        self._reboot_asked = 0.0
+        self._can_reboot = settings.reboot_command is not None or self._port.virtio
+        self._next_idle = self._next_full = 0.0
+        self._next_retry: Optional[float] = None  # a run that could not begin for want of space
+
+    # --- the loop ---
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Runs go on when this returns; the next daemon finds them."""
+        _become_subreaper()
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop())
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake the loop
+        self._on_read(wake_read, lambda: os.read(wake_read, 4096))
+        self._on_read(self._kicks, self._take_kicks)
+        self._on_read(self._listener, self._accept)
+        self._on_read(self._port, lambda: None)  # each turn looks at the port
+        self._find_runs()
+        self._watcher.start()
+        self._on_read(self._watcher, lambda: None)  # as at the watcher
+        self._follow_runner()
+        self._log(f"watching {self._settings.launch_dir}; {len(self._live)} runs found under way")
+        notify("READY=1\nSTATUS=watching")
+        while not self._stopping:
+            for key, _ in self._selector.select(self._timeout()):
+                key.data()
+            self._turn(boottime())
+        self._shut_down()
+
+    def _on_read(self, source: Any, act: Callable[[], Any]) -> None:
+        self._selector.register(source, selectors.EVENT_READ, act)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _shut_down(self) -> None:
+        """In this order: no more runs, no more orders, then the host; shims and their scripts go on."""
+        notify("STOPPING=1")
+        self._watcher.close()
+        self._runner.close()
+        for client in list(self._clients):
+            self._drop(client)
+        self._listener.close()
+        (self._runtime / control.SOCKET).unlink(missing_ok=True)
+        self._port.close()
+        self._spool.close()
+        self._log("stopped; runs under way go on and are found at the next start")
+
+    def _timeout(self) -> float:
+        if self._undecided or (self._port.state is PortState.UP and self._outbox and not self._blocked):
+            return 0.0
+        due = [self._next_idle, self._port.next_try(), self._session.next_tick(), self._watcher.next_due()]
+        due += [self._wake, self._next_retry]
+        if self._blocked:
+            due.append(boottime() + _ROOM)
+        return max(0.0, min(when for when in due if when is not None) - boottime())
+
+    def _turn(self, now: float) -> None:
+        """One turn: look at everything that may be new, decide, ship."""
+        idle = now >= self._next_idle
+        full = idle and now >= self._next_full
+        self._reap()
+        self._watch(now, full=full)
+        if idle:
+            self._idle(now, full=full)
+        if self._wake is not None and now >= self._wake:
+            self._undecided = True
+        if self._next_retry is not None and now >= self._next_retry:
+            self._next_retry, self._undecided = None, True
+        if self._undecided:
+            self._decide(now)
+        self._serve_port(now)
+        self._send_rows()
+        self._pump(now)
+
+    def _idle(self, now: float, *, full: bool) -> None:
+        for run in list(self._live.values()):
+            self._judge(run)
+        self._next_idle = now + (LIVE if self._live else IDLE)
+        if full:
+            self._next_full = now + FULL
+        acked = {}
+        for run in self._spool.open_runs():
+            delivered = self._shipper.acked(run.info.run)
+            acked[run.info.run] = Lengths(*delivered[1:]) if delivered else run.lengths()
+        self._spool.enforce(acked)
+        self._shipper.touch_all()  # a kick that was lost
+        self._follow_runner()
+        if self._watcher.alive():
+            notify("WATCHDOG=1")
+
+    # --- what is staged ---
+
+    def _watch(self, now: float, *, full: bool) -> None:
+        self._watcher.scan(now, full=full)
+        if self._watcher.problem != self._problem:
+            self._problem = self._watcher.problem
+            self._log(self._problem or f"{self._settings.launch_dir} can be used again")
+            self._undecided = True
+        if self._watcher.held != self._held:
+            self._held, self._since, self._undecided = self._watcher.held, now, True
+        changed, gone = self._watcher.take_changes()
+        for name in gone:
+            self._roster.gone(name)
+        for name in changed:
+            vmr = self._watcher.vmrs.get(name)
+            if vmr is None:
+                continue
+            known = self._roster.get(name)
+            if vmr.staging is Staging.REFUSED and (
+                known is None or known.vmr is None or known.vmr.reason != vmr.reason
+            ):
+                self._log(f"refused {show(name)}: {vmr.reason}")
+            self._roster.staged(name, vmr)
+            entry = self._roster.get(name)
+            if known is None and entry is not None and entry.unfinished:
+                for run in entry.unfinished.values():
+                    self._follow(run)
+        if changed or gone:
+            self._undecided = True
+            self._changed_rows |= changed | gone
+
+    # --- the schedule ---
+
+    def _now(self, now: float) -> Now:
+        return Now(
+            boottime=now,
+            boot_id=self._boot_id,
+            held=self._held,
+            enabled=self._settings.schedule,
+            configured=self._spool.configured(),
+            zero=self._zero(now),
+            since=self._since,
+            quiet=self._settings.quiet,
+            max_reboots=self._settings.max_reboots,
+            can_reboot=self._can_reboot,
+        )
+
+    def _zero(self, now: float) -> Optional[float]:
+        """Time zero in this boot's CLOCK_BOOTTIME; after a reboot only the wall clock can tell."""
+        zero = self._spool.zero()
+        if zero is None:
+            return None
+        if zero.boot_id == self._boot_id:
+            return zero.boottime_ns / 1e9
+        return now + (zero.wall_ns - time.time_ns()) / 1e9
+
+    def _decide(self, now: float) -> None:
+        self._undecided, self._wake = False, None
+        if self._reboot is not None or self._problem is not None:
+            return
+        decision = decide(*self._roster.for_schedule(), self._now(now))
+        self._wake = decision.wake
+        for name in decision.given_up:
+            if name not in self._given_up:
+                self._given_up.add(name)
+                self._log(f"{show(name)} asked for a reboot and gets none: {self._why_no_reboot()}")
+        for start in decision.start:
+            entry = self._roster.get(start.vmr)
+            if entry is None or entry.vmr is None:
+                continue
+            number = entry.reboots + 1 if start.trigger is Trigger.REBOOT else 0
+            try:
+                run = self._runner.start(
+                    start.vmr,
+                    start.trigger,
+                    now_ns=time.time_ns(),
+                    script=entry.vmr.script or (0, 0, 0),
+                    holds=start.holds,
+                    number=number,
+                    clear_reboot=start.clear_reboot,
+                )
+            except Problem as problem:
+                self._log(f"{problem}; trying again")
+                self._next_retry = now + _ROOM
+                break
+            self._began(run)
+        if decision.configured and not self._spool.configured():
+            self._spool.set_configured()
+            self._log("configured: every negative time has run")
+            if self._settings.start_auto:
+                self._start(0, "guest")
+            self._undecided = True
+            self._session.beat(now)
+        elif decision.reboot:
+            self._do_reboot(decision, now)
+
+    def _began(self, run: Run) -> None:
+        self._roster.began(run)
+        self._changed_rows.add(run.info.vmr)
+        self._watcher.done(run.info.vmr)
+        self._follow(run)
+
+    def _start(self, delay_ns: int, source: str) -> bool:
+        """Set time zero; False when it was set before."""
+        if self._spool.zero() is not None:
+            return False
+        here = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        self._spool.set_zero(TimeZero(self._boot_id, here + delay_ns, time.time_ns() + delay_ns, source))
+        self._log(f"time zero is {delay_ns / 1e9:.0f} s from now, set by the {source}")
+        self._undecided = True
+        self._session.beat(boottime())
+        return True
+
+    # --- reboot ---
+
+    def _why_no_reboot(self) -> str:
+        if not self._can_reboot:
+            return "none can be done here"
+        return "the VM is configured, or it has asked too often"
+
+    def _do_reboot(self, decision: Decision, now: float) -> None:
+        names = ", ".join(show(name) for name in decision.reboot)
+        command = self._settings.reboot_command or ("systemctl", "reboot")
+        self._log(f"rebooting, asked for by {names}: {' '.join(command)}")
+        os.sync()
+        try:
+            self._reboot = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd="/")
+            self._reboot_asked = now
+        except OSError as error:
+            self._can_reboot, self._undecided = False, True
+            self._log(f"cannot run {command[0]}: {error.strerror}")
+
+    def _reap(self) -> None:
+        """Take whatever children ended: orphans fall to us, a subreaper, as well as what we started."""
+        if self._reboot is not None:
+            status = self._reboot.poll()
+            failed = status not in (None, 0)
+            if failed or boottime() - self._reboot_asked > _REBOOT_S:
+                self._log(f"the reboot command failed (status {status}); the results stand")
+                self._reboot, self._can_reboot, self._undecided = None, False, True
+        while True:
+            try:
+                # Looks without taking: the fork server and the reboot command are reaped by who started them.
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if found is None or found.si_pid in self._own_children():
+                    return
+                os.waitpid(found.si_pid, os.WNOHANG)
+            except ChildProcessError:
+                return
+
+    def _own_children(self) -> set[int]:
+        own = {self._runner.server_pid()}
+        if self._reboot is not None:
+            own.add(self._reboot.pid)
+        return own
+
+    # --- runs ---
+
+    def _find_runs(self) -> None:
+        """The runs that the host has not whole, and what has become of them while nobody looked."""
+        for run in self._runner.attach():
+            self._roster.began(run)
+            self._follow(run)
+            self._judge(run)
+
+    def _follow(self, run: Run) -> None:
+        self._live[run.info.run] = run
+        self._shipper.add(run)
+
+    def _follow_runner(self) -> None:
+        """Watch the fork server's socket, which is another after it was started again."""
+        fileno = self._runner.fileno()
+        for key in list(self._selector.get_map().values()):
+            if key.data == self._handle_runner and key.fd != fileno:
+                self._selector.unregister(key.fileobj)
+        if fileno >= 0 and fileno not in self._selector.get_map():
+            self._on_read(fileno, self._handle_runner)
+
+    def _handle_runner(self) -> None:
+        # Forget the old descriptor before it is closed: its number may be given again.
+        for key in list(self._selector.get_map().values()):
+            if key.data == self._handle_runner:
+                self._selector.unregister(key.fileobj)
+        self._runner.handle()
+        self._follow_runner()
+
+    def _take_kicks(self) -> None:
+        kicked = set()
+        with suppress(BlockingIOError):
+            for _ in range(1000):
+                kicked.add(self._kicks.recv(64))
+        for run_id in kicked:
+            self._shipper.touch(run_id)
+            run = self._live.get(run_id)
+            if run is None:
+                continue
+            self._settle(run)
+            for client in self._watchers(run_id):
+                self._tell(client, {"event": "output"})
+
+    def _judge(self, run: Run) -> None:
+        delivered = self._shipper.acked(run.info.run)
+        try:
+            self._runner.judge(run, acked=Lengths(*delivered[1:]) if delivered else Lengths(0, 0))
+        except OSError as error:
+            self._log(f"cannot judge {show(run.info.vmr)}: {error.strerror}; trying again")
+            return
+        self._settle(run)
+
+    def _settle(self, run: Run) -> None:
+        """Act on what a run's directory says now. Harmless when it says nothing new."""
+        entry = self._roster.get(run.info.vmr)
+        if run.result() is not None and entry is not None and run.info.run in entry.unfinished:
+            self._roster.exited(run)
+            self._since = max(self._since, boottime())
+            self._undecided = True
+            for client in self._watchers(run.info.run):
+                self._tell(client, {"event": "exited"})
+        self._changed_rows.add(run.info.vmr)
+        if run.closed() is not None:
+            self._live.pop(run.info.run, None)
+            self._shipper.touch(run.info.run)
+
+    # --- the host ---
+
+    def _introduce(self, own: bytes, peer: Optional[bytes]) -> messages.Hello:
+        since, by = self._since_zero()
+        return messages.Hello(
+            id=own,
+            peer=peer,
+            role=Role.GUEST.value,
+            protocol=PROTOCOL,
+            version=vmr_agent.__version__,
+            wall=time.time_ns(),
+            spool=self._spool.id,
+            boot=self._boot_id,
+            machine=_machine_id(),
+            hostname=os.fsencode(socket.gethostname()),
+            boottime=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            configured=self._spool.configured(),
+            since_zero=since,
+            zero_by=by,
+        )
+
+    def _beat(self) -> messages.Heartbeat:
+        since, by = self._since_zero()
+        return messages.Heartbeat(
+            wall=time.time_ns(),
+            boottime=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            configured=self._spool.configured(),
+            since_zero=since,
+            zero_by=by,
+            health=processes.health(self._settings.state_dir),
+        )
+
+    def _since_zero(self) -> tuple[Optional[int], Optional[str]]:
+        now = boottime()
+        at, zero = self._zero(now), self._spool.zero()
+        return (None, None) if at is None or zero is None else (int((now - at) * 1e9), zero.source)
+
+    def _serve_port(self, now: float) -> None:
+        before = self._port.state
+        state = self._port.look(now)
+        if state is PortState.UP and before is not PortState.UP:
+            self._outbox.clear()
+            self._session.connect(now)
+        # Reads also tell that the host has left. A port that is UP is read each turn: its edges are not counted.
+        for _ in range(_BURST):
+            data = self._port.read() if self._port.state is PortState.UP else b""
+            if not data:
+                break
+            self._take(self._session.receive(data, now))
+        else:
+            self._next_idle = now  # more to read: its edge is used up
+        if self._port.state is not PortState.UP:
+            self._take(self._session.disconnect(self._port.reason))
+            self._blocked = False
+        else:
+            self._take(self._session.tick(now))
+        self._say_port()
+
+    def _say_port(self) -> None:
+        said = "" if self._port.state is PortState.UP else f"{self._port.state.value}: {self._port.reason}"
+        if said != self._port_said:
+            self._port_said = said
+            self._log(f"port {self._settings.port}: {said or 'up'}")
+
+    def _take(self, events: list[Any]) -> None:
+        for event in events:
+            if isinstance(event, Opened):
+                self._shipper.ended()
+                self._log(f"session open with the host ({event.hello.version})")
+                self._rows_sent.clear()
+                for entry in self._roster:
+                    self._send_row(entry)
+                self._shipper.send(messages.Vmr(vmr=None, state="", attempt=0, reason=""))
+            elif isinstance(event, Ended):
+                self._log(f"session with the host over: {event.reason}")
+                self._shipper.ended()
+            elif isinstance(event, messages.Ack):
+                self._take_ack(event)
+            elif isinstance(event, messages.Start):
+                self._start(event.delay, "host")
+            elif isinstance(event, messages.Request):
+                self._take_request(event)
+
+    def _take_ack(self, ack: messages.Ack) -> None:
+        try:
+            run = self._shipper.ack(ack)
+        except Diverged as diverged:
+            self._diverge(str(diverged))
+            return
+        if run is not None:
+            self._spool.release(run)
+            self._live.pop(run.info.run, None)
+
+    def _diverge(self, reason: str) -> None:
+        """Time travel: the VM was restored from a snapshot. All is offered again, under another spool id."""
+        self._log(f"this VM has been set back in time ({reason}): beginning a new life")
+        self._spool.new_life()
+        self._shipper.clear()
+        for run in self._spool.open_runs():
+            self._shipper.add(run)
+        self._take(self._session.renew(boottime(), "a new life"))
+
+    def _take_request(self, request: messages.Request) -> None:
+        args = request.args
+        ok, error, result = True, "", {}
+        try:
+            if request.verb == "rerun":
+                run = self._rerun(_bytes(args, "vmr"), Trigger.HOST, request.request)
+                result = {"run": run.info.run, "attempt": run.info.attempt}
+            elif request.verb == "kill":
+                self._kill_run(_bytes(args, "run"), _int(args, "signal"), request.request.hex())
+            elif request.verb == "hold":
+                self._hold()
+            elif request.verb == "resume":
+                self._resume()
+            elif request.verb == "diverged":
+                self._diverge(str(args.get("reason", "the host saw it")))
+                return  # the session is another one: nobody waits for a reply in it
+            else:
+                raise Problem(f"cannot do {request.verb!r}: this vmr-agent doesn't know it")
+        except Problem as problem:
+            ok, error = False, str(problem)
+        self._shipper.send(messages.Reply(request=request.request, ok=ok, error=error[:4096], result=result))
+
+    def _send_rows(self) -> None:
+        changed, self._changed_rows = self._changed_rows, set()
+        if not self._session.open:
+            return
+        for name in changed:
+            entry = self._roster.get(name)
+            if entry is not None:
+                self._send_row(entry)
+            elif self._rows_sent.pop(name, None) is not None:
+                self._shipper.send(messages.Vmr(vmr=name, state="gone", attempt=0, reason=""))
+
+    def _send_row(self, entry: Entry) -> None:
+        state, reason = roster.state_of(entry)
+        attempt = entry.latest.info.attempt if entry.latest else 0
+        if self._rows_sent.get(entry.name) != (state, attempt):
+            self._rows_sent[entry.name] = (state, attempt)
+            self._shipper.send(messages.Vmr(vmr=entry.name, state=state, attempt=attempt, reason=reason[:1024]))
+
+    def _pump(self, now: float) -> None:
+        """Write what there is to write, until the port takes no more."""
+        self._blocked = False
+        self._outbox.extend(self._session.take())
+        for _ in range(_BURST):
+            if self._port.state is not PortState.UP:
+                return
+            if not self._outbox:
+                frame = self._shipper.next(self._session) if self._session.open else None
+                if frame is None:
+                    return
+                self._outbox.append(frame)
+            data = self._outbox[0]
+            taken = self._port.write(data)
+            if taken < len(data):
+                self._blocked = True
+                self._outbox[0] = memoryview(data)[taken:]
+                return
+            self._outbox.popleft()
+        self._next_idle = now  # more to write: its edge is used up
+
+    # --- the verbs ---
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            sock, _ = self._listener.accept()
+            if not control.may_ask(sock) or len(self._clients) >= control.MAX_CLIENTS:
+                sock.close()
+                return
+            client = control.Client(sock)
+            self._clients.add(client)
+            self._on_read(client, lambda: self._serve(client))
+
+    def _serve(self, client: control.Client) -> None:
+        requests = client.read()
+        if requests is None or not client.flush():
+            self._drop(client)
+            return
+        for request in requests:
+            self._tell(client, self._answer(client, request))
+
+    def _tell(self, client: control.Client, row: Mapping[str, Any]) -> None:
+        if not client.say(row):
+            self._drop(client)
+
+    def _drop(self, client: control.Client) -> None:
+        if client in self._clients:
+            self._clients.discard(client)
+            self._selector.unregister(client)
+            client.sock.close()
+
+    def _watchers(self, run: RunId) -> list[control.Client]:
+        return [client for client in self._clients if client.watching == run]
+
+    def _answer(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+        verbs: dict[str, Callable[[control.Client, Mapping[str, Any]], dict[str, Any]]] = {
+            "rerun": self._verb_rerun,
+            "status": self._verb_status,
+            "start": self._verb_start,
+            "kill": self._verb_kill,
+            "hold": lambda *_: self._hold(),
+            "resume": lambda *_: self._resume(),
+            "reset": self._verb_reset,
+        }
+        verb = verbs.get(request["verb"])
+        try:
+            if verb is None:
+                raise Problem(f"cannot do {request['verb']!r}: unknown verb", hint="verbs: " + ", ".join(verbs))
+            return {"ok": True, **verb(client, request)}
+        except Problem as problem:
+            return {"ok": False, "error": problem.args[0], "hint": problem.hint}
+        except OSError as error:
+            return {"ok": False, "error": f"cannot do {request['verb']!r}: {error}", "hint": None}
+
+    def _verb_rerun(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+        run = self._rerun(_name(request), Trigger.RERUN, _request_id(request))
+        client.watching = run.info.run
+        return {"run": run.info.run.hex(), "attempt": run.info.attempt, "path": os.fspath(run.path.absolute())}
+
+    def _verb_status(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+        now = boottime()
+        why = explain(*self._roster.for_schedule(), self._now(now))
+        rows = []
+        for name in self._roster.names():
+            entry = self._roster.get(name)
+            assert entry is not None
+            rows.append(roster.row(entry, waiting=why.get(name, ""), delivered=self._delivered(entry)))
+        since, by = self._since_zero()
+        return {
+            "vmrs": rows,
+            "configured": self._spool.configured(),
+            "held": self._held,
+            "schedule": "on" if self._settings.schedule else "off",
+            "since_zero_s": since / 1e9 if since is not None else None,
+            "zero_by": by,
+            "problem": self._problem,
+            "port": self._settings.port,
+            "port_state": self._port.state.value,
+            "port_reason": self._port.reason,
+            "session": self._session.open,
+            "dropped": dict(self._session.counts),
+        }
+
+    def _delivered(self, entry: Entry) -> str:
+        run = entry.latest
+        if run is None:
+            return ""
+        delivered = self._shipper.acked(run.info.run)
+        if delivered is None:
+            return "yes"
+        lengths = run.lengths()
+        total, held = lengths.stdout + lengths.stderr, delivered[1] + delivered[2]
+        if held >= total and delivered[0] >= RunState.STARTED:
+            return "so far" if run.closed() is None else "almost"
+        return f"{100 * held // total} %" if total else "no"
+
+    def _verb_start(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+        if not self._start(0, "guest"):
+            raise Problem("cannot start: time zero is set already", hint="vmr-agent status shows when")
+        return {"configured": self._spool.configured()}
+
+    def _verb_kill(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+        entry = self._known(_name(request))
+        running = [run for run in entry.unfinished.values() if run.result() is None]
+        open_ones = [run for run in self._live.values() if run.info.vmr == entry.name and run.closed() is None]
+        for run in running or open_ones:
+            pids = processes.kill(run, int(request.get("signal", signal.SIGTERM)))
+            return {"attempt": run.info.attempt, "pids": pids}
+        raise Problem(f"cannot kill {show(entry.name)}: it isn't running")
+
+    def _kill_run(self, run_id: bytes, number: int, key: str) -> None:
+        run = self._live.get(run_id)
+        if run is None or run.closed() is not None:
+            raise Problem("cannot kill the run: it is over")
+        if not run.remembered(f"kill {key}"):
+            run.remember(f"kill {key}")
+            processes.kill(run, number)
+
+    def _verb_reset(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+        if not self._held:
+            raise Problem("cannot reset: VMRs would run again at once", hint="vmr-agent hold first")
+        if any(run.result() is None for run in self._live.values()):
+            raise Problem("cannot reset: a run is in progress", hint="vmr-agent status shows it")
+        self._spool.forget()
+        self._shipper.clear()
+        self._live.clear()
+        self._roster.clear()
+        self._given_up.clear()
+        for name, vmr in self._watcher.vmrs.items():
+            self._roster.staged(name, vmr)
+        self._since, self._undecided = boottime(), True
+        self._take(self._session.renew(boottime(), "reset"))
+        return {}
+
+    def _hold(self) -> dict[str, Any]:
+        path = self._launch + b"/.hold"
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+        except OSError as error:
+            raise Problem(f"cannot hold: {show(path)}: {error.strerror}") from None
+        return {}
+
+    def _resume(self) -> dict[str, Any]:
+        path = self._launch + b"/.hold"
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise Problem(f"cannot resume: {show(path)}: {error.strerror}") from None
+        return {}
+
+    def _known(self, name: bytes) -> Entry:
+        entry = self._roster.get(name)
+        if entry is not None:
+            return entry
+        names = {show(each): each for each in self._roster.names()}
+        near = difflib.get_close_matches(show(name), names, n=3, cutoff=0.4)
+        if not near:  # the same directory name at another time
+            tail = show(name).rpartition("/")[2]
+            near = [each for each in names if each.rpartition("/")[2] == tail][:3]
+        hint = "did you mean " + " or ".join(near) + "?" if near else "vmr-agent status lists them"
+        raise Problem(f"cannot find a VMR {show(name)} in {self._settings.launch_dir}", hint=hint)
+
+    def _rerun(self, name: bytes, trigger: Trigger, request: bytes) -> Run:
+        """Start the next attempt of a VMR in place. The same request again gives the same run."""
+        now = boottime()
+        self._watch(now, full=True)  # what lies there now is what runs: look at it, not at what we remember
+        entry = self._known(name)
+        for run in self._spool.runs_of(name)[::-1]:
+            if request and run.info.request == request:
+                return run
+        for run in entry.unfinished.values():
+            if run.result() is None:
+                started = run.started()
+                pid = f", pid {started.pid}" if started else ""
+                raise Problem(
+                    f"cannot rerun {show(name)}: attempt {run.info.attempt} is still running{pid}",
+                    hint=f"vmr-agent kill {show(name)} ends it",
+                )
+            self._settle(run)
+        vmr = entry.vmr
+        if vmr is None:
+            raise Problem(f"cannot rerun {show(name)}: it is no longer in {self._settings.launch_dir}")
+        if self._problem is not None:
+            raise Problem(f"cannot rerun {show(name)}: {self._problem}")
+        if vmr.staging is Staging.REFUSED:
+            raise Problem(f"cannot rerun {show(name)}: {vmr.reason}")
+        if vmr.staging is Staging.STAGING:
+            raise Problem(f"cannot rerun {show(name)}: call_arguments.sh is missing or its x bit isn't set")
+        if self._settings.schedule and entry.latest is None:
+            why = explain(*self._roster.for_schedule(), self._now(now)).get(name, "")
+            raise Problem(f"cannot rerun {show(name)}: its turn hasn't come" + (f": {why}" if why else ""))
+        run = self._runner.start(
+            name, trigger, now_ns=time.time_ns(), script=vmr.script or (0, 0, 0), request=request
+        )
+        self._began(run)
+        return run
+
+
+def _bytes(args: Mapping[str, Any], key: str) -> bytes:
+    value = args.get(key)
+    if not isinstance(value, bytes):
+        raise Problem(f"cannot read the request: {key} must be bytes")
+    return value
+
+
+def _int(args: Mapping[str, Any], key: str) -> int:
+    value = args.get(key)
+    if type(value) is not int or not 0 < value < 65:
+        raise Problem(f"cannot read the request: {key} must be a signal's number")
+    return value
+
+
+def _name(request: Mapping[str, Any]) -> bytes:
+    name = request.get("vmr")
+    if not isinstance(name, str):
+        raise Problem('cannot read the request: "vmr" must be a VMR name')
+    return os.fsencode(name)
+
+
+def _request_id(request: Mapping[str, Any]) -> bytes:
+    try:
+        return bytes.fromhex(str(request.get("request", "")))[:16]
+    except ValueError:
+        raise Problem('cannot read the request: "request" must be hex digits') from None
+
+
+def _machine_id() -> Optional[str]:
+    try:
+        return Path("/etc/machine-id").read_text().strip()[:64] or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _make_runtime(path: Path) -> Path:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(
+            f"cannot make {path}: {error.strerror}", hint="--runtime-dir names another directory"
+        ) from None
+    return path
+
+
+def _kick_socket(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    with suppress(FileNotFoundError):
+        path.unlink()
+    old = os.umask(0o177)
+    try:
+        sock.bind(os.fspath(path))
+    except OSError as error:
+        raise Problem(f"cannot listen at {path}: {error}", hint="--runtime-dir names another directory") from None
+    finally:
+        os.umask(old)
+    return sock
+
+
+def _become_subreaper() -> None:
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

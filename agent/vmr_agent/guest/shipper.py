@@ -1,0 +1,329 @@
+"""What lives here: spooled bytes from the acknowledged offset to Output, within a window, fair between runs.
+
+It must not know: the port, the clock, why a run runs. What a session needs to be told again is worked out from
+the spool, so ending one costs nothing but :meth:`Shipper.ended`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from typing import Optional, Union
+
+from vmr_agent.guest.spool import Run
+from vmr_agent.runs import Ending, RunId, RunState, Stream
+from vmr_agent.wire import framing, messages
+from vmr_agent.wire.session import Session
+
+WINDOW = 16 * 1024 * 1024  # bytes sent and not acknowledged: what one lost session may cost to send again
+TAIL = 64 * 1024  # bytes whose CRC shows that guest and host speak of the same run
+_MARKS = 256  # in one frame
+_CHUNK = framing.MAX_PAYLOAD - messages.OUTPUT_HEAD - messages.OUTPUT_MARK
+
+
+class Diverged(Exception):
+    """The host holds what this spool never had: the VM was restored from a snapshot."""
+
+
+class _Delivery:
+    """How far one run has got."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.state = RunState.NONE
+        self.acked = {Stream.STDOUT: 0, Stream.STDERR: 0}
+        self.forget_session()
+
+    def forget_session(self) -> None:
+        self.sent = dict(self.acked)
+        self.announced = self.answered = False
+        self.told = RunState.NONE
+        self.turn = Stream.STDOUT
+
+    @property
+    def in_flight(self) -> int:
+        return sum(self.sent.values()) - sum(self.acked.values())
+
+
+class Shipper:
+    """Decides what the next frame is. Control frames go before output; runs with output take turns."""
+
+    def __init__(self, launch_dir: bytes, *, window: int = WINDOW) -> None:
+        self._launch_dir = launch_dir
+        self._window = window
+        self._control: deque[messages.Message] = deque()
+        self._deliveries: dict[RunId, _Delivery] = {}
+        # Runs that may have something to say: a deque for the turns, a set so that each is in it once.
+        self._turns: deque[RunId] = deque()
+        self._waiting: set[RunId] = set()
+        self._stalled: set[RunId] = set()  # runs the window kept from sending
+        self._in_flight = 0
+
+    # --- what there is to deliver ---
+
+    def add(self, run: Run) -> None:
+        """A run the host has not whole."""
+        if run.info.run not in self._deliveries:
+            self._deliveries[run.info.run] = _Delivery(run)
+        self.touch(run.info.run)
+
+    def touch(self, run: RunId) -> None:
+        """Something of this run may be new in the spool."""
+        if run in self._deliveries and run not in self._waiting:
+            self._waiting.add(run)
+            self._turns.append(run)
+
+    def touch_all(self) -> None:
+        for run in self._deliveries:
+            self.touch(run)
+
+    def send(self, message: messages.Message) -> None:
+        """Queue a control message for this session."""
+        self._control.append(message)
+
+    def acked(self, run: RunId) -> Optional[tuple[RunState, int, int]]:
+        """(state, stdout, stderr) the host is known to hold of a run; None for one that is delivered whole."""
+        delivery = self._deliveries.get(run)
+        if delivery is None:
+            return None
+        return delivery.state, delivery.acked[Stream.STDOUT], delivery.acked[Stream.STDERR]
+
+    def runs(self) -> list[Run]:
+        return [delivery.run for delivery in self._deliveries.values()]
+
+    def clear(self) -> None:
+        """Forget every run: the spool began another life."""
+        self._deliveries.clear()
+        self._turns.clear()
+        self._waiting.clear()
+        self._stalled.clear()
+        self._in_flight = 0
+
+    # --- the session ---
+
+    def ended(self) -> None:
+        """The session is over: what was not acknowledged in it is sent again in the next."""
+        self._control.clear()
+        self._in_flight = 0
+        for delivery in self._deliveries.values():
+            delivery.forget_session()
+        self.touch_all()
+
+    def ack(self, ack: messages.Ack) -> Optional[Run]:
+        """Take an Ack. Returns the run when the host now holds it whole.
+
+        Raises Diverged when the host holds bytes that this spool never had.
+        """
+        delivery = self._deliveries.get(ack.run)
+        if delivery is None or not delivery.announced:
+            return None
+        held = {Stream.STDOUT: ack.stdout, Stream.STDERR: ack.stderr}
+        if not delivery.answered:
+            self._check(delivery, held, ack)
+            delivery.answered = True
+            delivery.acked = delivery.sent = dict(held)  # nothing of it is in flight yet
+        self._in_flight -= delivery.in_flight
+        for stream, offset in held.items():
+            delivery.sent[stream] = max(delivery.sent[stream], offset)
+        delivery.acked = held
+        self._in_flight += delivery.in_flight
+        for run in self._stalled:
+            self.touch(run)
+        self._stalled.clear()
+        delivery.state = RunState(min(ack.state, RunState.CLOSED))
+        if delivery.state is RunState.CLOSED:
+            self._in_flight -= delivery.in_flight
+            del self._deliveries[ack.run]
+            return delivery.run
+        self.touch(ack.run)
+        return None
+
+    def next(self, session: Session) -> Optional[bytes]:
+        """The next frame to write, or None when there is nothing to send now."""
+        if self._control:
+            return session.frame(self._control.popleft())
+        for _ in range(len(self._turns)):
+            run_id = self._turns.popleft()
+            self._waiting.discard(run_id)
+            delivery = self._deliveries.get(run_id)
+            if delivery is None:
+                continue
+            frame = self._frame(delivery, session)
+            if frame is not None:
+                self.touch(run_id)
+                return frame
+        return None
+
+    # --- inside ---
+
+    def _frame(self, delivery: _Delivery, session: Session) -> Optional[bytes]:
+        run = delivery.run
+        if not delivery.announced:
+            announcement = self._announcement(run)
+            if announcement is None:
+                return None
+            delivery.announced = True
+            return session.frame(announcement)
+        if not delivery.answered:
+            return None
+        # The order matters: what the exit counted is on disk before the exit record is, and the final bytes before
+        # `closed` is; so read the records first, the lengths after.
+        closed = run.closed() if delivery.told < RunState.CLOSED else None
+        result = run.result() if delivery.told < RunState.EXITED else None
+        output = self._output(delivery, session)
+        if output is not None:
+            return output
+        if result is not None:
+            counted = {Stream.STDOUT: result.stdout, Stream.STDERR: result.stderr}
+            if result.ending is Ending.LOST:
+                # The host may hold bytes that a power cut took from the spool: they count.
+                counted = {stream: max(length, delivery.sent[stream]) for stream, length in counted.items()}
+            if delivery.state >= RunState.EXITED:
+                delivery.told = RunState.EXITED
+            elif gap := self._gap(delivery, counted, session):
+                return gap
+            elif all(delivery.sent[stream] >= length for stream, length in counted.items()):
+                delivery.told = RunState.EXITED
+                return session.frame(
+                    messages.Exit(
+                        run=run.info.run,
+                        ending=result.ending.value,
+                        value=result.value,
+                        text=result.text,
+                        started=result.started_ns,
+                        ended=result.ended_ns,
+                        started_boottime=result.started_boottime_ns,
+                        ended_boottime=result.ended_boottime_ns,
+                        boot=result.boot_id,
+                        stdout=counted[Stream.STDOUT],
+                        stderr=counted[Stream.STDERR],
+                        user=int(result.rusage.user_s * 1e9),
+                        system=int(result.rusage.system_s * 1e9),
+                        max_rss=result.rusage.max_rss_bytes,
+                        asks_reboot=result.asks_reboot,
+                    )
+                )
+        if closed is not None and delivery.told is RunState.EXITED:
+            final = {Stream.STDOUT: closed.stdout, Stream.STDERR: closed.stderr}
+            if gap := self._gap(delivery, final, session):
+                return gap
+            if all(delivery.sent[stream] >= length for stream, length in final.items()):
+                delivery.told = RunState.CLOSED
+                return session.frame(
+                    messages.Closed(
+                        run=run.info.run,
+                        stdout=delivery.sent[Stream.STDOUT],
+                        stderr=delivery.sent[Stream.STDERR],
+                        reason=run.close_reason(),
+                    )
+                )
+        return None
+
+    def _announcement(self, run: Run) -> Optional[messages.Run]:
+        started, result = run.started(), run.result()
+        if started is None and result is None:
+            return None
+        return messages.Run(
+            run=run.info.run,
+            vmr=run.info.vmr,
+            attempt=run.info.attempt,
+            trigger=run.info.trigger.value,
+            request=run.info.request,
+            script=self._launch_dir + b"/" + run.info.vmr + b"/call_arguments.sh",
+            boot=run.info.boot_id,
+            pid=started.pid if started else 0,
+            started=started.wall_ns if started else (result.started_ns if result else run.info.created_ns),
+        )
+
+    def _output(self, delivery: _Delivery, session: Session) -> Optional[bytes]:
+        if self._in_flight >= self._window:
+            self._stalled.add(delivery.run.info.run)
+            return None
+        lengths = delivery.run.lengths()
+        spooled = {Stream.STDOUT: lengths.stdout, Stream.STDERR: lengths.stderr}
+        first = delivery.turn
+        other = Stream.STDERR if first is Stream.STDOUT else Stream.STDOUT
+        for stream in (first, other):
+            offset = delivery.sent[stream]
+            left = spooled[stream] - offset
+            if left <= 0:
+                continue
+            pruned = delivery.run.pruned(stream)
+            if offset < pruned:
+                return self._missing(delivery, stream, pruned - offset, "pruned in the guest", session)
+            marks = tuple(delivery.run.marks(stream, offset, min(left, _CHUNK)))[:_MARKS]
+            size = min(sum(length for length, _ in marks), _CHUNK - messages.OUTPUT_MARK * (len(marks) - 1))
+            data = delivery.run.read(stream, offset, size)
+            if not data:
+                continue
+            delivery.turn = Stream.STDERR if stream is Stream.STDOUT else Stream.STDOUT
+            delivery.sent[stream] += len(data)
+            self._in_flight += len(data)
+            more = len(data) < left
+            return session.output_frame(
+                delivery.run.info.run, stream, offset, more, _fit(marks, len(data)), data
+            )
+        return None
+
+    def _gap(
+        self, delivery: _Delivery, counted: dict[Stream, int], session: Session
+    ) -> Optional[bytes]:
+        """Bytes that were counted and are not in the spool: a power cut took them."""
+        lengths = delivery.run.lengths()
+        for stream, spooled in ((Stream.STDOUT, lengths.stdout), (Stream.STDERR, lengths.stderr)):
+            offset = delivery.sent[stream]
+            if offset >= spooled and offset < counted[stream]:
+                return self._missing(
+                    delivery, stream, counted[stream] - offset, "lost from the spool by a power cut", session
+                )
+        return None
+
+    def _missing(
+        self, delivery: _Delivery, stream: Stream, length: int, reason: str, session: Session
+    ) -> bytes:
+        offset = delivery.sent[stream]
+        delivery.sent[stream] += length
+        self._in_flight += length
+        return session.frame(messages.Gap(delivery.run.info.run, stream, offset, length, reason))
+
+    def _check(self, delivery: _Delivery, held: dict[Stream, int], ack: messages.Ack) -> None:
+        lengths = delivery.run.lengths()
+        spooled = {Stream.STDOUT: lengths.stdout, Stream.STDERR: lengths.stderr}
+        # Cases, per stream: the host has less than we, the usual one; the host has more and the run is live: a
+        # snapshot; the host has more and the run is over: a power cut took unsynced bytes, nothing differs.
+        result = delivery.run.result()
+        over = result is not None and result.ending is Ending.LOST
+        tails = ack.tails or ((0, 0), (0, 0))
+        for stream, (crc, size) in zip((Stream.STDOUT, Stream.STDERR), tails):
+            end = held[stream]
+            if end > spooled[stream]:
+                if not over:
+                    raise Diverged(f"the host holds {end:,} bytes of a {stream.filename} of {spooled[stream]:,}")
+                continue
+            start = end - min(size, TAIL)
+            if start < delivery.run.pruned(stream):
+                continue
+            if size and _crc(delivery.run, stream, start, end) != crc:
+                raise Diverged(f"the host holds another {stream.filename} of this run")
+
+
+def _fit(marks: tuple[tuple[int, int], ...], size: int) -> tuple[tuple[int, int], ...]:
+    """The marks that cover exactly ``size`` bytes."""
+    fitted = []
+    for length, wall in marks:
+        if size <= 0:
+            break
+        fitted.append((min(length, size), wall))
+        size -= length
+    return tuple(fitted)
+
+
+def _crc(run: Run, stream: Stream, start: int, end: int) -> int:
+    crc = 0
+    while start < end:
+        data: Union[bytes, memoryview] = run.read(stream, start, min(end - start, TAIL))
+        if not data:
+            break
+        crc = zlib.crc32(data, crc)
+        start += len(data)
+    return crc
