@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable, Optional
 
-from vmr_agent.guest import forkserver
+from vmr_agent.guest import forkserver, processes
 from vmr_agent.guest.spool import Lengths, Run, Spool
-from vmr_agent.runs import RunState, Started, Trigger
+from vmr_agent.runs import RunState, Trigger
 
 SCRIPT = b"call_arguments.sh"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # a root login's
@@ -31,17 +31,6 @@ _AGAIN_S = 1.0  # between two orders of one run, and two starts of a fork server
 def fork_server_command() -> list[str]:
     # By path: -I -S leave no package to import it from, and -m would import ours.
     return [sys.executable, "-I", "-S", "-E", os.fspath(Path(forkserver.__file__).resolve())]
-
-
-def process_gone(started: Started, *, boot_id: str) -> bool:
-    """Whether a script's process is gone for good: pid, start ticks and boot together name one process."""
-    if started.boot_id != boot_id:
-        return True
-    try:
-        fields = Path(f"/proc/{started.pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return int(fields[19]) != started.ticks or fields[0] in (b"Z", b"X")
 
 
 class Runner:
@@ -75,6 +64,11 @@ class Runner:
         After :meth:`handle`, :meth:`start` and :meth:`judge` it may be another: look again.
         """
         return self._orders.fileno() if self._orders is not None else -1
+
+    @property
+    def server_pid(self) -> int:
+        """The fork server's pid, which this room reaps itself; 0 while there is none."""
+        return self._server.pid if self._server is not None else 0
 
     def handle(self) -> None:
         """Take what the fork server says; start another when it died."""
@@ -193,7 +187,7 @@ class Runner:
             if time.monotonic() - self._ordered.get(run.info.run, -_AGAIN_S) >= _AGAIN_S:
                 self._order(run)
             return RunState.NONE
-        if not process_gone(started, boot_id=self._boot_id):
+        if not processes.gone(started, boot_id=self._boot_id):
             return RunState.STARTED
         spooled = run.lengths()
         run.write_lost(

@@ -74,8 +74,11 @@ def main(order: list[bytes], kicks: socket.socket) -> None:
 
 
 def _note(name: str, text: str) -> None:
+    """Leave a word for the daemon, as the target of a link: that takes no block, so it can be left when there
+    are none."""
+    _remove(name)
     try:
-        os.close(_write(name, text.encode("utf-8", "backslashreplace") + b"\n"))
+        os.symlink(text.encode("utf-8", "backslashreplace")[:1000], name)
     except OSError:
         pass
 

@@ -105,8 +105,9 @@ def _sync_directory(path: Path) -> None:
 
 
 def _read_note(path: Path) -> str:
+    """A word that a shim left, as the target of a link."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
+        return os.readlink(os.fsencode(path)).decode("utf-8", "replace")
     except OSError:
         return ""
 
@@ -546,7 +547,9 @@ class Spool(History):
     def close(self) -> None:
         for run in self._open.values():
             run.close_fds()
-        os.close(self._lock)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     # -- identity and the facts that outlive the daemon --
 

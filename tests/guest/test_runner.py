@@ -1,0 +1,291 @@
+"""Starting, re-attaching and judging runs while this or that is killed. Real processes throughout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.guest.rig import BOOT_ID, VMR, Rig, alive, eventually, everything, result
+
+from vmr_agent.errors import Problem
+from vmr_agent.guest.runner import Runner
+from vmr_agent.guest.spool import Lengths
+from vmr_agent.runs import Ending, RunState, Stream, Trigger
+
+WAITS = "#!/bin/sh\necho before; while [ ! -e {0}/go ]; do sleep 0.02; done; echo after; exit 6\n"
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path)
+    yield made
+    made.close()
+
+
+def server_pid(rig: Rig) -> int:
+    return int(rig.runner._server.pid)  # type: ignore[union-attr]
+
+
+def test_attempts_count_up_and_each_keeps_its_own_output(rig: Rig) -> None:
+    runs = [rig.run("#!/bin/sh\necho $VMR_ATTEMPT\n") for _ in range(3)]
+    assert [run.info.attempt for run in runs] == [1, 2, 3]
+    assert [everything(run, Stream.STDOUT) for run in runs] == [b"1\n", b"2\n", b"3\n"]
+    assert len({run.info.run for run in runs}) == 3
+
+
+def test_two_hundred_at_once_all_run(rig: Rig) -> None:
+    vmrs = [b"-4/vmr %d" % i for i in range(200)]
+    for vmr in vmrs:
+        rig.stage("#!/bin/sh\necho $VMR_NAME\n", vmr)
+    runs = [rig.start(vmr) for vmr in vmrs]
+    for run in runs:
+        rig.wait(run, RunState.CLOSED)
+        assert everything(run, Stream.STDOUT) == run.info.vmr + b"\n"
+        run.close_fds()
+    assert rig.logged == []
+
+
+def test_shims_leave_no_zombies(rig: Rig) -> None:
+    for _ in range(3):
+        rig.run("#!/bin/sh\n")
+    server = server_pid(rig)
+    children = Path(f"/proc/{server}/task/{server}/children")
+    eventually(lambda: children.read_text() == "", "the end of the shims")
+
+
+def test_a_killed_fork_server_is_replaced_and_its_runs_go_on(rig: Rig) -> None:
+    rig.stage(WAITS.format(rig.base))
+    run = rig.start()
+    rig.wait(run, RunState.STARTED)
+    time.sleep(1)  # so old that its death is not one at the start
+    first = server_pid(rig)
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: not alive(first))
+    rig.runner.handle()
+    assert server_pid(rig) != first
+    assert rig.runner.fileno() >= 0
+    assert result(rig.run("#!/bin/sh\nexit 2\n", b"-4/other")).value == 2
+    (rig.base / "go").touch()
+    rig.wait(run, RunState.CLOSED)
+    assert (result(run).value, everything(run, Stream.STDOUT)) == (6, b"before\nafter\n")
+
+
+def test_an_order_that_died_with_the_fork_server_is_given_again(rig: Rig) -> None:
+    rig.stage(f"#!/bin/sh\necho ran >> {rig.base}/log\n")
+    os.kill(server_pid(rig), signal.SIGSTOP)
+    run = rig.start()
+    os.kill(server_pid(rig), signal.SIGKILL)
+    rig.wait(run, RunState.CLOSED)
+    assert (rig.base / "log").read_text() == "ran\n"
+
+
+def test_a_fork_server_that_dies_at_once_is_not_started_in_a_loop(rig: Rig, tmp_path: Path) -> None:
+    logged: list[str] = []
+    runner = Runner(
+        rig.spool,
+        kick_path=tmp_path / "kick",
+        launch_dir=rig.launch,
+        log=logged.append,
+        boot_id=BOOT_ID,
+        command=["/bin/false"],
+    )
+    eventually(lambda: runner.handle() or runner.fileno() == -1)
+    assert len(logged) == 1
+    rig.stage("#!/bin/sh\n")
+    run = runner.start(VMR, Trigger.SCHEDULE, now_ns=1)
+    assert runner.judge(run) is RunState.NONE
+    runner.close()
+    rig.wait(run, RunState.CLOSED)  # the other runner's fork server works
+
+
+DAEMON = """
+import sys, time
+from pathlib import Path
+from vmr_agent.guest.runner import Runner
+from vmr_agent.guest.spool import Spool
+from vmr_agent.runs import Trigger
+base = Path(sys.argv[1])
+spool = Spool(base / "state")
+runner = Runner(spool, kick_path=base / "kick", launch_dir=base / "launch", log=print, boot_id=sys.argv[2])
+run = runner.start(b"-4/a.sh", Trigger.SCHEDULE, now_ns=time.time_ns())
+while run.started() is None:
+    time.sleep(0.01)
+print(runner._server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_daemon_killed_outright_finds_its_runs_again(rig: Rig) -> None:
+    rig.stage(WAITS.format(rig.base))
+    rig.runner.close()
+    rig.spool.close()
+    agent = Path(__file__).resolve().parents[2] / "agent"
+    daemon = subprocess.Popen(
+        [sys.executable, "-c", DAEMON, rig.base, BOOT_ID],
+        env={**os.environ, "PYTHONPATH": os.fspath(agent)},
+        stdout=subprocess.PIPE,
+    )
+    assert daemon.stdout is not None
+    server = int(daemon.stdout.readline())
+    daemon.kill()
+    daemon.wait()
+    daemon.stdout.close()
+    eventually(lambda: not alive(server), "the end of the fork server with its daemon")
+    second = Rig(rig.base)
+    try:
+        (run,) = second.runner.attach()
+        assert second.runner.judge(run) is RunState.STARTED
+        (rig.base / "go").touch()
+        second.wait(run, RunState.CLOSED)
+        assert (result(run).value, everything(run, Stream.STDOUT)) == (6, b"before\nafter\n")
+        assert second.spool.latest(VMR) is run
+    finally:
+        second.close()
+
+
+def test_a_killed_shim_makes_the_run_lost_with_all_it_had_captured(rig: Rig) -> None:
+    rig.stage(WAITS.format(rig.base))
+    run = rig.start()
+    eventually(lambda: run.lengths().stdout == 7)
+    shim, started = run.holder(), run.started()
+    assert shim is not None and started is not None
+    os.kill(shim, signal.SIGKILL)
+    eventually(lambda: not run.locked())
+    # The script doesn't know yet: it is still running, so nothing may take its place.
+    assert alive(started.pid)
+    assert rig.runner.judge(run) is RunState.STARTED
+    (rig.base / "go").touch()
+    rig.wait(run, RunState.CLOSED)
+    assert not alive(started.pid)
+    assert (result(run).ending, result(run).text) == (Ending.LOST, "its shim was killed")
+    assert everything(run, Stream.STDOUT) == b"before\n"
+    assert (run.closed(), run.close_reason()) == ((7, 0), "its shim was killed")
+    assert result(run).boot_id == BOOT_ID
+    assert result(run).ended_ns >= result(run).started_ns
+
+
+def test_a_lost_run_is_as_long_as_what_the_host_has_of_it(rig: Rig) -> None:
+    """After a power cut the host may hold bytes that the spool has no more."""
+    rig.stage("#!/bin/sh\necho before; exec sleep 60\n")
+    run = rig.start()
+    eventually(lambda: run.lengths().stdout == 7)
+    kill_both(rig, run)
+    rig.runner.judge(run, acked=Lengths(100, 3))
+    assert (result(run).stdout, result(run).stderr) == (100, 3)
+    assert run.lengths() == (7, 0)
+
+
+def kill_both(rig: Rig, run: object) -> None:
+    from vmr_agent.guest.spool import Run
+
+    assert isinstance(run, Run)
+    started, shim = run.started(), run.holder()
+    assert started is not None and shim is not None
+    os.kill(shim, signal.SIGKILL)
+    os.kill(started.pid, signal.SIGKILL)
+    eventually(lambda: not run.locked() and not alive(started.pid))
+
+
+@pytest.mark.parametrize("left_file", [True, False])
+def test_after_a_reboot_what_has_no_result_is_lost_and_may_ask_for_another(rig: Rig, left_file: bool) -> None:
+    script = rig.stage("#!/bin/sh\nexec sleep 60\n")
+    run = rig.start()
+    rig.wait(run, RunState.STARTED)
+    if left_file:
+        (script.parent / "reboot").touch()
+    kill_both(rig, run)
+    second = rig.restart(boot_id="another boot")
+    try:
+        (run,) = second.runner.attach()
+        assert second.runner.judge(run) is RunState.CLOSED
+        assert result(run).text == "the VM went down before it was over"
+        assert result(run).boot_id == BOOT_ID
+        assert result(run).asks_reboot is left_file
+        again = second.runner.start(VMR, Trigger.REBOOT, now_ns=1, number=1, clear_reboot=True)
+        second.runs.append(again)
+        assert not (script.parent / "reboot").exists()
+        assert (again.info.attempt, again.info.number, again.info.boot_id) == (2, 1, "another boot")
+    finally:
+        second.close()
+
+
+def test_another_boots_process_number_is_somebody_elses(rig: Rig) -> None:
+    rig.stage("#!/bin/sh\nexec sleep 60\n")
+    run = rig.start()
+    rig.wait(run, RunState.STARTED)
+    shim, started = run.holder(), run.started()
+    assert shim is not None and started is not None
+    os.kill(shim, signal.SIGKILL)
+    eventually(lambda: not run.locked())
+    assert rig.runner.judge(run) is RunState.STARTED
+    elsewhere = Runner(
+        rig.spool, kick_path=rig.base / "k", launch_dir=rig.launch, log=print, boot_id="another boot"
+    )
+    assert elsewhere.judge(run) is RunState.CLOSED
+    elsewhere.close()
+
+
+def test_a_run_made_but_never_begun_is_begun_by_the_next_daemon(rig: Rig) -> None:
+    rig.stage("#!/bin/sh\necho ran\n")
+    rig.spool.create(VMR, Trigger.SCHEDULE, boot_id="an earlier boot", now_ns=1)
+    second = rig.restart()
+    try:
+        (run,) = second.runner.attach()
+        second.wait(run, RunState.CLOSED)
+        assert everything(run, Stream.STDOUT) == b"ran\n"
+        assert (run.info.attempt, result(run).boot_id) == (1, BOOT_ID)
+    finally:
+        second.close()
+
+
+def test_a_shim_that_dies_waiting_for_the_pipes_end_leaves_a_closed_with_a_reason(rig: Rig) -> None:
+    rig.stage(f"#!/bin/sh\n(while [ ! -e {rig.base}/go ]; do sleep 0.02; done) &\necho out\n")
+    run = rig.start()
+    rig.wait(run, RunState.EXITED)
+    shim = run.holder()
+    assert shim is not None
+    os.kill(shim, signal.SIGKILL)
+    rig.wait(run, RunState.CLOSED)
+    (rig.base / "go").touch()
+    assert (run.closed(), run.close_reason()) == ((4, 0), "its shim was killed")
+    assert (result(run).ending, result(run).value) == (Ending.CODE, 0)
+
+
+def test_no_space_for_a_run_is_a_problem_and_leaves_nothing_behind(rig: Rig) -> None:
+    rig.stage("#!/bin/sh\n")
+    (rig.state / "runs").rmdir()
+    (rig.state / "runs").write_text("in the way")
+    with pytest.raises(Problem, match="cannot begin a run of -4/a.sh"):
+        rig.start()
+    assert list((rig.state / "open").iterdir()) == []
+    assert rig.spool.open_runs() == []
+
+
+def test_closing_ends_the_fork_server_and_not_the_runs(rig: Rig) -> None:
+    rig.stage(WAITS.format(rig.base))
+    run = rig.start()
+    rig.wait(run, RunState.STARTED)
+    server = server_pid(rig)
+    rig.runner.close()
+    assert not alive(server)
+    (rig.base / "go").touch()
+    rig.wait(run, RunState.CLOSED)
+    assert result(run).value == 6
+
+
+def test_the_environment_of_the_daemon_reaches_no_script(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NOTIFY_SOCKET", "PYTHONPATH", "LD_LIBRARY_PATH", "INVOCATION_ID"):
+        monkeypatch.setenv(name, "x")
+    second = rig.restart()
+    try:
+        names = everything(second.run("#!/bin/sh\nenv\n"), Stream.STDOUT)
+        for name in (b"NOTIFY_SOCKET", b"PYTHON", b"LD_", b"INVOCATION_ID"):
+            assert name not in names
+    finally:
+        second.close()
