@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Mapping, Optional
 
 from vmr_agent.errors import Problem
 
@@ -116,13 +116,12 @@ class Daemon:
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise Problem(f"cannot ask the {program} at {path}: permission denied", hint="try as root") from None
             raise Problem(f"cannot reach the {program} at {path}: it isn't running", hint=hint) from None
-        self._file = self._sock.makefile("rb")
+        self._in = b""
 
     def __enter__(self) -> Daemon:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
         self._sock.close()
 
     def fileno(self) -> int:
@@ -132,23 +131,27 @@ class Daemon:
         """Do a verb and return its answer. Raises Problem when it could not be done."""
         try:
             self._sock.sendall(json.dumps({"verb": verb, **args}).encode("ascii") + b"\n")
-            line = self._file.readline()
+            answer = self._line()
         except OSError:
-            line = b""
-        if not line:
+            answer = None
+        if answer is None:
             raise Problem(f"cannot hear the {self._program}: it went away before it answered")
-        answer = json.loads(line)
         if not answer.pop("ok", False):
             raise Problem(str(answer.get("error", "cannot do that")), hint=answer.get("hint"))
-        return dict(answer)
+        return answer
 
-    def events(self) -> Iterator[dict[str, Any]]:
-        """What the daemon says unasked, until it goes away."""
-        while True:
-            try:
-                line = self._file.readline()
-            except OSError:
-                return
-            if not line.endswith(b"\n"):
-                return
-            yield json.loads(line)
+    def drain(self) -> bool:
+        """Take what it said unasked, which only means that there is something to look at; False: it is gone."""
+        try:
+            return bool(self._sock.recv(_MAX_LINE))
+        except OSError:
+            return False
+
+    def _line(self) -> Optional[dict[str, Any]]:
+        while b"\n" not in self._in:
+            data = self._sock.recv(_MAX_LINE)
+            if not data:
+                return None
+            self._in += data
+        line, _, self._in = self._in.partition(b"\n")
+        return dict(json.loads(line))

@@ -91,7 +91,7 @@ class Daemon:
         self._shipper = Shipper(self._launch)
         self._live: dict[RunId, Run] = {}
         self._watcher = Watcher(settings.launch_dir, settle=settings.settle, log=log)
-        self._port = Port(settings.port, holders=processes.users_of)
+        self._port = Port(settings.port)
         self._session = Session(
             Role.GUEST, introduce=self._introduce, beat=self._beat, make_id=lambda: os.urandom(8)
         )
@@ -163,7 +163,7 @@ class Daemon:
     def _timeout(self) -> float:
         if self._undecided or (self._port.state is PortState.UP and self._outbox and not self._blocked):
             return 0.0
-        due = [self._next_idle, self._port.next_try(), self._session.next_tick(), self._watcher.next_due()]
+        due: list[Optional[float]] = [self._next_idle, self._port.next_try(), self._session.next_tick(), self._watcher.next_due()]
         due += [self._wake, self._next_retry]
         if self._blocked:
             due.append(boottime() + _ROOM)
@@ -354,7 +354,7 @@ class Daemon:
                 return
 
     def _own_children(self) -> set[int]:
-        own = {self._runner.server_pid()}
+        own = {self._runner.server_pid}
         if self._reboot is not None:
             own.add(self._reboot.pid)
         return own
@@ -530,7 +530,8 @@ class Daemon:
 
     def _take_request(self, request: messages.Request) -> None:
         args = request.args
-        ok, error, result = True, "", {}
+        ok, error = True, ""
+        result: dict[str, messages.Scalar] = {}
         try:
             if request.verb == "rerun":
                 run = self._rerun(_bytes(args, "vmr"), Trigger.HOST, request.request)

@@ -13,7 +13,7 @@ import select
 import socket
 import stat
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Optional, Union
 
 READ = 256 * 1024  # the port gives at most 4,096 bytes a read, a socket as much as there is
 RETRY_FIRST, RETRY_LAST = 0.1, 1.0  # s between attempts to open
@@ -36,12 +36,10 @@ class Port:
     A second thread that polls while one writes can hang for ever in the kernel's driver.
     """
 
-    def __init__(self, spec: str, *, holders: Callable[[Path], list[str]]) -> None:
-        """``holders(device)`` names the processes that have a device open, to say who keeps it busy."""
+    def __init__(self, spec: str) -> None:
         self.spec = spec
         self.state = PortState.MISSING
         self.reason = "not tried yet"
-        self._holders = holders
         self._fd = -1
         self._socket: Optional[socket.socket] = None
         self._retry = RETRY_FIRST
@@ -101,7 +99,7 @@ class Port:
                 self._judge()  # not an end of file: the host is away, until it comes back
         return data
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Union[bytes, memoryview]) -> int:
         """How many bytes were taken; 0 when there is no room, or :attr:`state` is no longer ``UP``.
 
         Taken is not delivered: a host that leaves drops up to 4 MiB that the guest saw accepted.
@@ -180,8 +178,7 @@ class Port:
 
     def _explain(self, error: OSError) -> str:
         if error.errno == errno.EBUSY:
-            holders = self._holders(device(self.spec))
-            return "busy: " + (", ".join(holders) + " has it open" if holders else "another process has it open")
+            return "busy: " + (", ".join(users_of(device(self.spec))) or "another process") + " has it open"
         if error.errno == errno.ENODEV:
             return "unplugged"
         if error.errno == errno.ENOTTY:
@@ -208,3 +205,22 @@ def device(spec: str) -> Path:
         except OSError:
             continue  # unplugged while we looked
     raise FileNotFoundError(errno.ENOENT, "there is no port of that name")
+
+
+def users_of(path: Path) -> list[str]:
+    """The processes that have a device open, as ``name (pid)``; those that we may see."""
+    users: list[str] = []
+    try:
+        number = path.stat().st_rdev
+    except OSError:
+        return users
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            for fd in (process / "fd").iterdir():
+                there = fd.stat()
+                if stat.S_ISCHR(there.st_mode) and there.st_rdev == number:
+                    users.append(f"{(process / 'comm').read_text().strip()} ({process.name})")
+                    break
+        except OSError:
+            continue  # ended, or not ours to see
+    return users

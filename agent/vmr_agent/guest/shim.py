@@ -164,7 +164,7 @@ class Shim:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return
-        if _whole("started") or os.path.lexists("exit.json"):
+        if os.path.lexists("started") or os.path.lexists("exit.json") or _whole("starting"):
             return
         self._listen_for_deaths()
         self._adopt()
@@ -174,6 +174,7 @@ class Shim:
         except OSError as error:
             raise Waits(f"cannot begin: {error.strerror}") from error
         _remove("blocked")
+        os.rename("starting", "started")  # no sync: either name, whole, says that it may have run
         os.write(go, b"g")
         os.close(go)
         self._kick()
@@ -205,7 +206,7 @@ class Shim:
                 raise
 
     def _fork(self) -> tuple[int, int]:
-        """Make the script's process and all that says so durable; it waits until it is let go."""
+        """Make the script's process, and durable all that says so; it waits until it is let go."""
         go_end, go = os.pipe()
         failed, failed_end = os.pipe()
         self.pid = os.fork()
@@ -224,18 +225,20 @@ class Shim:
             "boottime_ns": self.started_boottime_ns,
         }
         try:
-            os.close(_write("started", json.dumps(row).encode() + b"\n"))
-            # One joined sync, the price of "nothing runs twice after a power cut": the files and the
-            # directories that name them, the link in open/ too. Those above are new only with attempt 1.
-            for path in ("run.json", "started", ".", "..", os.path.join(os.fsdecode(self.state_dir), "open")):
+            # With run.json's content in it, whose own sync is thereby saved.
+            data = b'{"run": %s, "process": %s}\n' % (_read("run.json").strip(), json.dumps(row).encode())
+            fd = _write("starting", data)
+            # The price of "nothing runs twice after a power cut": one journal commit for the file, then the
+            # directories that name it, and the link in open/. Those above are new only with attempt 1.
+            os.fsync(fd)
+            os.close(fd)
+            above = ("../..", "../../..") if self.attempt == 1 else ()
+            for path in (".", "..", os.path.join(os.fsdecode(self.state_dir), "open"), *above):
                 _sync_path(path)
-            if self.attempt == 1:
-                _sync_path("../..")
-                _sync_path("../../..")
         except OSError:
             os.close(go)  # the child leaves at end of file
             os.waitpid(self.pid, 0)
-            _remove("started")
+            _remove("starting")
             raise
         return go, failed
 
@@ -245,7 +248,7 @@ class Shim:
         code = errno.EIO
         try:
             if not os.read(go, 1):
-                os._exit(0)  # the shim died before `started` was durable: this must not run
+                os._exit(0)  # the shim died before this was durable: it must not run
             self._become_a_login()
             code = self._exec()
         except OSError as error:
@@ -314,8 +317,9 @@ class Shim:
                 self._sync()
             if self.kick_owed:
                 self._kick()
-        if not self.closed_at_exit:
+        if self.sync_due:
             self._sync()
+        if not self.closed_at_exit:
             self._write_closed()
         _remove("blocked")
 
@@ -377,14 +381,15 @@ class Shim:
         except OSError:
             pass  # no byte is lost by it, only its time; a hole reads as zeros and is skipped
 
-    def _sync(self) -> None:
-        self.sync_due = 0.0
+    def _sync(self, *, index: bool = True) -> None:
+        """Data, then index; at the exit the data only, since the barrier waits for it: `sync_due` stays set."""
         try:
-            dirty = [stream for stream in self.streams if stream.dirty]
-            for stream in dirty:
-                os.fdatasync(stream.file)
-                stream.dirty = False
-            if dirty:
+            for stream in self.streams:
+                if stream.dirty:
+                    os.fdatasync(stream.file)
+                    stream.dirty = False
+            if index:
+                self.sync_due = 0.0
                 os.fdatasync(self.index)
         except OSError as error:
             self._block(f"the spool cannot be synced: {error.strerror}")
@@ -481,13 +486,14 @@ class Shim:
             "asks_reboot": asks,
             "closed": self.closed_at_exit,
         }
-        self._sync()
         data = json.dumps(row).encode() + b"\n"
-        # A torn record is no record, so the name may come before the sync: one journal commit instead of two.
+        self._sync(index=False)
         os.pwrite(self.exit, data, 0)
         os.ftruncate(self.exit, len(data))
-        os.rename("exit.json.new", "exit.json")
         self._stubbornly_sync(self.exit)
+        # Who sees the name sees what is durable. The rename itself is not synced: should it be undone by a power
+        # cut, the daemon finds the record, whole, under its first name.
+        os.rename("exit.json.new", "exit.json")
         self._kick()
 
     def _write_closed(self) -> None:
@@ -496,21 +502,20 @@ class Shim:
         while True:
             try:
                 fd = _write("closed.new", data)
+                self._stubbornly_sync(fd)
                 os.rename("closed.new", "closed")
                 break
             except OSError as error:
                 self._block(f"the spool cannot be written: {error.strerror}")
                 time.sleep(RETRY_S)
-        self._stubbornly_sync(fd)
         self._kick()
 
     @staticmethod
     def _stubbornly_sync(fd: int) -> None:
         try:
             os.fsync(fd)
-            _sync_path(".")
         except OSError:
-            pass  # it is written; nothing more can be done here, and the daemon can read it
+            pass  # it is written, and the daemon can read it; nothing more can be done here
 
     def _kick(self) -> None:
         self.kick_owed = False

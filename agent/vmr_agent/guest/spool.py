@@ -9,6 +9,9 @@ It must not know: processes (but for who holds a lock), the wire, the schedule.
     <state>/runs/<start time>/<name>/<attempt>/   run.json lock started stdout stderr index exit.json closed
                                                   notes and, from a shim in trouble, blocked or failed
 
+`started`, `exit.json` and `closed` get these names when they are durable; a rename that a power cut undid leaves
+them, whole, as `starting` and `exit.json.new`.
+
 It is one module, over the usual length: the rules of what is synced before what hold across all of it.
 """
 
@@ -161,12 +164,13 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> Optional[Run]:
-        """The run in a directory; None when its run.json is absent or torn: then it never started."""
+        """The run in a directory; None when nothing whole says what it is: then it never started."""
         row = _read_row(path / "run.json")
         if row is None:
-            return None
+            # Only what the shim wrote was synced; it holds the content of run.json.
+            row = (_read_row(path / "started") or _read_row(path / "starting") or {}).get("run")
         try:
-            return cls(path, _info_from_row(row))
+            return cls(path, _info_from_row(row)) if row is not None else None
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -177,16 +181,19 @@ class Run:
         self.close_fds()
 
     def started(self) -> Optional[Started]:
-        """The script's process, once it is durable that it may run; None also when the record is torn."""
+        """The script's process, once it is durable that it may run."""
         if self._started is None:
             row = _read_row(self.path / "started")
+            if row is None and not self.locked():
+                row = _read_row(self.path / "starting")  # while a shim has the lock it isn't durable yet
             try:
-                self._started = Started(**row) if row is not None else None
-            except TypeError:
-                pass
+                self._started = Started(**row["process"]) if row is not None else None
+            except (KeyError, TypeError):
+                pass  # torn
         return self._started
 
     def result(self) -> Optional[RunResult]:
+        """How it ended, once that is durable."""
         self._read_exit()
         return self._exit[0] if self._exit else None
 
@@ -203,6 +210,8 @@ class Run:
     def _read_exit(self) -> None:
         if self._exit is None:
             row = _read_row(self.path / "exit.json")
+            if row is None and not self.locked():
+                row = _read_row(self.path / "exit.json.new")
             try:
                 self._exit = (result_from_json(row), bool(row.get("closed"))) if row is not None else None
             except (KeyError, TypeError, ValueError):

@@ -1,0 +1,340 @@
+"""What lives here: `vmr-agent`, one function a verb.
+
+It must not know: how a verb is done. What needs the daemon asks it; output is read from the spool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from vmr_agent import __version__, control
+from vmr_agent.cli import arguments
+from vmr_agent.errors import Problem, show
+from vmr_agent.guest import settings as guest_settings
+from vmr_agent.guest.settings import Settings
+from vmr_agent.guest.spool import History, Run
+from vmr_agent.runs import Ending, RunResult, Stream
+from vmr_agent.schedule import parse_start_time, parse_vmr
+
+PROGRAM = "vmr-agent"
+_HINT = "systemctl start vmr-agent, or vmr-agent run"
+_PIECE = 256 * 1024
+_LOOK_AGAIN = 0.2  # s; how often the spool is looked at when no daemon tells
+
+_EXAMPLE = """\
+examples:
+  vmr-agent status                     every VMR and what became of it
+  vmr-agent logs -4/compress.py        what it printed, byte for byte
+  vmr-agent rerun -4/compress.py       run it again where it lies, seen by the host too
+
+A VMR's name is <start time>/<directory name>. Its path, ./<name> from inside the start time's directory, and
+nothing at all from inside the VMR's own directory mean the same. Settings: /etc/vmr-agent.conf.
+"""
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = _parser().parse_args(arguments.mark(sys.argv[1:] if argv is None else argv))
+    return arguments.run(PROGRAM, lambda: int(args.act(args, _settings(args))))
+
+
+def _parser() -> arguments.Parser:
+    top = arguments.parser(PROGRAM, "Runs FIREWHEEL's VM resources (VMRs) in this VM and ships what they print.", _EXAMPLE)
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, act: Any, summary: str, example: str = "") -> argparse.ArgumentParser:
+        text = f"example:\n  {example}\n" if example else None
+        added = verbs.add_parser(
+            name, help=summary, description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        added.set_defaults(act=act)
+        added.add_argument("--config", metavar="FILE", help="instead of /etc/vmr-agent.conf")
+        for path in guest_settings.PATHS:
+            default = getattr(Settings(), path)
+            added.add_argument(f"--{path.replace('_', '-')}", metavar="PATH", help=f"default: {default}")
+        return added
+
+    def vmr(added: argparse.ArgumentParser) -> None:
+        added.add_argument("vmr", metavar="VMR", nargs="?", type=arguments.name, help="as in -4/compress.py")
+
+    verb("run", _run, "Be the daemon: watch, execute, ship.", "vmr-agent run --port unix:/tmp/port")
+    rerun = verb("rerun", _rerun, "Run a VMR again in place, streaming its output.", "vmr-agent rerun -4/compress.py")
+    vmr(rerun)
+    rerun.add_argument("--detach", action="store_true", help="start it and return at once")
+    status = verb("status", _status, "Show every VMR and what became of it.", "vmr-agent status --json")
+    status.add_argument("--json", action="store_true", help="one array, one object a VMR")
+    logs = verb("logs", _logs, "Print what a VMR printed, byte for byte.", "vmr-agent logs -4/compress.py --stream stderr")
+    vmr(logs)
+    logs.add_argument("--attempt", type=int, metavar="N", help="default: the latest")
+    logs.add_argument("--stream", choices=[each.filename for each in Stream], help="default: both, each to its own")
+    logs.add_argument("--follow", action="store_true", help="go on until the run's pipes are closed")
+    kill = verb("kill", _kill, "Signal a VMR's whole process tree.", "vmr-agent kill -4/compress.py --signal KILL")
+    vmr(kill)
+    kill.add_argument("--signal", default="TERM", type=_signal, help="name or number; default: TERM")
+    verb("start", _start, "Set time zero now: positive times count from here.")
+    verb("hold", _hold, "Let nothing new start by schedule (makes .hold in the launch directory).")
+    verb("resume", _resume, "End hold.")
+    verb("reset", _reset, "Forget all runs and the spool's id, before an image is baked.")
+    return top
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    options = {name: getattr(args, name) for name in guest_settings.PATHS}
+    config = Path(args.config) if args.config else None
+    return guest_settings.load(options, environment=os.environ, config=config)
+
+
+def _signal(text: str) -> signal.Signals:
+    word = text.upper()
+    try:
+        return signal.Signals(int(word)) if word.isdigit() else signal.Signals["SIG" + word.replace("SIG", "", 1)]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"there is no signal {text!r}") from None
+
+
+# --- verbs ---------------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace, settings: Settings) -> int:
+    from vmr_agent.guest.daemon import Daemon  # heavy: the other verbs start without it
+
+    Daemon(settings).run()
+    return 0
+
+
+def _rerun(args: argparse.Namespace, settings: Settings) -> int:
+    name = _name(args.vmr, settings)
+    with _daemon(settings) as daemon:
+        began = daemon.ask("rerun", vmr=os.fsdecode(name), request=os.urandom(16).hex())
+        run = Run.load(Path(began["path"]))
+        if run is None:
+            raise Problem(f"cannot read the run of {show(name)} in {began['path']}")
+        if args.detach:
+            _remark(f"attempt {run.info.attempt} of {show(name)} is started; vmr-agent logs --follow {show(name)}")
+            return 0
+        _remark(f"attempt {run.info.attempt} of {show(name)}")
+        try:
+            result = _follow(run, list(Stream), daemon=daemon, until_closed=False)
+        except KeyboardInterrupt:
+            _remark(f"stopped watching; {show(name)} goes on: vmr-agent logs --follow {show(name)}", always=True)
+            return 130
+        assert result is not None
+        return _exit_status(result)
+
+
+def _status(args: argparse.Namespace, settings: Settings) -> int:
+    with _daemon(settings) as daemon:
+        status = daemon.ask("status")
+    if args.json:
+        print(json.dumps(status["vmrs"], indent=2))
+        return 0
+    rows = [["VMR", "TRY", "STATE", "EXIT", "TIME", "OUTPUT", "ON HOST"]]
+    for row in status["vmrs"]:
+        rows.append(
+            [
+                row["vmr"],
+                str(row["attempt"] or ""),
+                row["state"],
+                str(row["signal"] or ("" if row["exit_code"] is None else row["exit_code"])),
+                arguments.duration(row["duration_s"]),
+                arguments.size(row["stdout_bytes"] + row["stderr_bytes"]) if row["attempt"] else "",
+                row["delivered"] or row["waiting"] or (row["error"] or "" if row["state"] == "refused" else ""),
+            ]
+        )
+    print(arguments.table(rows, right=frozenset({1, 3, 4, 5})))
+    print()
+    for line in _summary(status):
+        print(line)
+    return 0
+
+
+def _summary(status: dict[str, Any]) -> list[str]:
+    lines = []
+    if status["problem"]:
+        lines.append(status["problem"])
+    where = "configured" if status["configured"] else "not yet configured"
+    zero = status["since_zero_s"]
+    if zero is None:
+        when = "time zero not set"
+    elif zero < 0:
+        when = f"time zero in {arguments.duration(-zero)}"
+    else:
+        when = f"{arguments.duration(zero)} after time zero"
+    held = "; held (vmr-agent resume)" if status["held"] else ""
+    off = "; schedule is off" if status["schedule"] == "off" else ""
+    lines.append(f"{where}, {when}{held}{off}")
+    reason = f": {status['port_reason']}" if status["port_reason"] else ""
+    host = "" if status["session"] else ", no session with the host"
+    lines.append(f"port {status['port']} is {status['port_state']}{reason}{host}")
+    return lines
+
+
+def _logs(args: argparse.Namespace, settings: Settings) -> int:
+    name = _name(args.vmr, settings)
+    try:
+        runs = History(settings.state_dir).runs_of(name)
+    except PermissionError:
+        raise Problem(f"cannot read {settings.state_dir}: permission denied", hint="try as root") from None
+    if args.attempt is not None:
+        runs = [run for run in runs if run.info.attempt == args.attempt]
+    if not runs:
+        which = f"attempt {args.attempt} of " if args.attempt is not None else "a run of "
+        raise Problem(f"cannot find {which}{show(name)} in {settings.state_dir}", hint="vmr-agent status lists VMRs")
+    streams = [each for each in Stream if args.stream in (None, each.filename)]
+    if args.follow:
+        _follow(runs[-1], streams, daemon=None, until_closed=True)
+    else:
+        _Reader(runs[-1], streams).pass_on()
+    return 0
+
+
+def _kill(args: argparse.Namespace, settings: Settings) -> int:
+    name = _name(args.vmr, settings)
+    with _daemon(settings) as daemon:
+        killed = daemon.ask("kill", vmr=os.fsdecode(name), signal=int(args.signal))
+    pids = killed["pids"]
+    print(f"{args.signal.name} sent to attempt {killed['attempt']} of {show(name)}: pid {', '.join(map(str, pids))}")
+    return 0
+
+
+def _start(args: argparse.Namespace, settings: Settings) -> int:
+    with _daemon(settings) as daemon:
+        started = daemon.ask("start")
+    if not started["configured"]:
+        print("time zero is set; positive times start when the VM is configured")
+    return 0
+
+
+def _hold(args: argparse.Namespace, settings: Settings) -> int:
+    with _daemon(settings) as daemon:
+        daemon.ask("hold")
+    return 0
+
+
+def _resume(args: argparse.Namespace, settings: Settings) -> int:
+    with _daemon(settings) as daemon:
+        daemon.ask("resume")
+    return 0
+
+
+def _reset(args: argparse.Namespace, settings: Settings) -> int:
+    from vmr_agent.guest.spool import Spool
+
+    try:
+        daemon = _daemon(settings)
+    except Problem:
+        spool = Spool(settings.state_dir)  # refuses while a daemon has it
+        if any(run.locked() for run in spool.open_runs()):
+            raise Problem("cannot reset: a run is in progress") from None
+        spool.forget()
+        spool.close()
+        return 0
+    with daemon:
+        daemon.ask("reset")
+    return 0
+
+
+# --- naming a VMR --------------------------------------------------------------------------------------------
+
+
+def _name(text: Optional[str], settings: Settings) -> bytes:
+    """The VMR that somebody means, from a name, a path, or the directory he stands in."""
+    launch = os.path.realpath(os.fsencode(settings.launch_dir))
+    if text is not None:
+        name = parse_vmr(os.fsencode(text))
+        if name is not None:
+            return name
+    typed = os.fsencode(text) if text is not None else b"."
+    path = os.path.realpath(os.path.join(os.getcwdb(), typed))
+    inside = os.path.relpath(path, launch).split(b"/")
+    if inside[0] != b".." and len(inside) >= 2 and parse_start_time(inside[0]) is not None:
+        if text is None or len(inside) == 2:
+            return b"/".join(inside[:2])
+    if text is None:
+        raise Problem("cannot tell which VMR is meant", hint="name one, as in -4/compress.py, or stand in its directory")
+    raise Problem(
+        f"cannot tell which VMR {show(typed)} is", hint=f"a name is <start time>/<name>, a path is in {show(launch)}"
+    )
+
+
+def _daemon(settings: Settings) -> control.Daemon:
+    return control.Daemon(settings.runtime_dir / control.SOCKET, program="daemon", hint=_HINT)
+
+
+# --- output --------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Passes a run's spooled bytes on, raw: stdout to stdout, stderr to stderr; one stream alone to stdout."""
+
+    def __init__(self, run: Run, streams: Sequence[Stream]) -> None:
+        self._run = run
+        self._offsets = {
+            stream: max(0, run.pruned(stream)) for stream in streams
+        }
+        self._targets = {stream: int(stream) if len(streams) > 1 else 1 for stream in streams}
+        for stream, offset in self._offsets.items():
+            if offset:
+                _remark(f"the first {offset:,} bytes of {stream.filename} are only on the host now", always=True)
+
+    def pass_on(self) -> None:
+        for stream, target in self._targets.items():
+            while data := self._run.read(stream, self._offsets[stream], _PIECE):
+                self._offsets[stream] += len(data)
+                while data:
+                    data = data[os.write(target, data) :]
+
+
+def _follow(
+    run: Run, streams: Sequence[Stream], *, daemon: Optional[control.Daemon], until_closed: bool
+) -> Optional[RunResult]:
+    """Pass output on as it comes, until the run has exited and is drained, or is closed.
+
+    The daemon's events say when to look; without it, or when it dies, the spool is looked at 5 times a second.
+    """
+    reader = _Reader(run, streams)
+    while True:
+        # The order matters: what is there before the record says that it is all there.
+        result = run.result()
+        over = run.closed() is not None if until_closed else result is not None
+        reader.pass_on()
+        if over:
+            return result
+        if daemon is None:
+            select.select([], [], [], _LOOK_AGAIN)
+        elif not _wait_for_event(daemon):
+            daemon = None
+            _remark("the daemon went away; the run goes on", always=True)
+
+
+def _wait_for_event(daemon: control.Daemon) -> bool:
+    readable, _, _ = select.select([daemon], [], [], 1.0)
+    return not readable or daemon.drain()
+
+
+def _exit_status(result: RunResult) -> int:
+    """What a shell would say: the code, 128 + signal, 126 for a script that could not be executed."""
+    if result.ending is Ending.CODE:
+        return result.value
+    if result.ending is Ending.SIGNAL:
+        return 128 + result.value
+    print(f"{PROGRAM}: {result.text}", file=sys.stderr)
+    return 126
+
+
+def _remark(sentence: str, *, always: bool = False) -> None:
+    """A word of our own, on a terminal only: the streams are the VMR's."""
+    if always or sys.stderr.isatty():
+        print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

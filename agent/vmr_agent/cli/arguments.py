@@ -1,0 +1,97 @@
+"""What lives here: what both commands do alike: VMR names that begin with a dash, errors in one line, tables.
+
+It must not know: any verb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Callable, NoReturn, Optional
+
+from vmr_agent.errors import Problem
+
+# argparse takes `-4/compress.py` for an option. A token of this form is marked with a character that no argument
+# can hold, and unmarked when it has been parsed.
+_NEGATIVE = re.compile(r"-\d[^/]*/.")
+_MARK = "\0"
+
+
+def mark(arguments: Sequence[str]) -> list[str]:
+    """The arguments with VMR names that look like options marked; :func:`name` takes the mark away."""
+    return [_MARK + each if _NEGATIVE.match(each) else each for each in arguments]
+
+
+def name(text: str) -> str:
+    """argparse's ``type`` for a VMR's name or any path."""
+    return text.lstrip(_MARK)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in our form: one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: cannot understand that: {message.replace(_MARK, '')}\n")
+
+
+def parser(program: str, summary: str, example: str) -> Parser:
+    return Parser(
+        prog=program, description=summary, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def run(program: str, act: Callable[[], int]) -> int:
+    """Run a verb: a Problem is one line and exit status 1; a closed pipe or Ctrl-C is no traceback."""
+    try:
+        status = act()
+        sys.stdout.flush()
+        return status
+    except Problem as problem:
+        print(f"{program}: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def table(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> str:
+    """Rows as a table that lines up; the columns in ``right`` are set to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people: 512 B, 1.2 MiB."""
+    if count < 1024:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= 1024
+        if value < 1024 or unit == "TiB":
+            break
+    return f"{value:.1f} {unit}"
+
+
+def duration(seconds: Optional[float]) -> str:
+    """A time span for people: 0.03 s, 2 min 5 s, 3 h 10 min."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.2f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,188 @@
+"""What lives here: the host's end of each VM's channel: connected and connected again, or listened for.
+
+It must not know: frames, sessions, logs. QEMU's chardev socket serves one client and queues the rest in silence
+(`server=on`), or dials us (`server=off,reconnect=1`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from pathlib import Path
+from typing import Callable, Optional
+
+from vmr_agent.errors import Problem
+
+RETRY_FIRST, RETRY_LAST = 0.1, 1.0  # s between attempts to connect
+_PIECE = 1 << 18  # bytes taken at once
+
+
+class Chardev:
+    """One VM's socket. Calls back from the loop: ``opened()``, ``received(bytes)``, ``closed(reason)``."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        listen: bool,
+        opened: Callable[[], None],
+        received: Callable[[bytes], None],
+        closed: Callable[[str], None],
+    ) -> None:
+        self.path = path
+        self.listen = listen
+        self._opened, self._received, self._closed = opened, received, closed
+        self._loop = asyncio.get_running_loop()
+        self._sock: Optional[socket.socket] = None
+        self._listener: Optional[socket.socket] = None
+        self._out: list[bytes] = []
+        self._retry = RETRY_FIRST
+        self._timer: Optional[asyncio.TimerHandle] = None
+        self.reason = "not tried yet"
+
+    def start(self) -> None:
+        """Begin to connect, or to listen. Raises Problem when it can't listen there."""
+        if self.listen:
+            self._listener = _listen(self.path)
+            self._loop.add_reader(self._listener, self._accept)
+            self.reason = "nobody has connected"
+        else:
+            self._connect()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._sock is not None:
+            self._let_go()
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            self.path.unlink(missing_ok=True)
+
+    def write(self, frame: bytes) -> None:
+        """Send a frame; kept while the guest doesn't read. Nothing happens while there is no connection."""
+        if self._sock is None:
+            return
+        self._out.append(frame)
+        if len(self._out) == 1:
+            self._send()
+
+    def drop(self, reason: str) -> None:
+        """End this connection; the next one is tried in a second."""
+        if self._sock is not None:
+            self._retry = RETRY_LAST
+            self._lost(reason)
+
+    # --- inside ---
+
+    def _connect(self) -> None:
+        self._timer = None
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(os.fspath(self.path))
+        except OSError as error:
+            sock.close()
+            self.reason = error.strerror or str(error)
+            self._try_again()
+            return
+        self._retry = RETRY_FIRST
+        self._take(sock)
+
+    def _try_again(self) -> None:
+        self._timer = self._loop.call_later(self._retry, self._connect)
+        self._retry = min(2 * self._retry, RETRY_LAST)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        if self._sock is not None:
+            sock.close()  # one client, as QEMU has it: two would mix their frames
+            return
+        sock.setblocking(False)
+        self._take(sock)
+
+    def _take(self, sock: socket.socket) -> None:
+        self._sock, self.reason = sock, ""
+        self._out.clear()
+        self._loop.add_reader(sock, self._read)
+        self._opened()
+
+    def _read(self) -> None:
+        assert self._sock is not None
+        try:
+            data = self._sock.recv(_PIECE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lost(error.strerror or str(error))
+            return
+        if data:
+            self._received(data)
+        else:
+            self._lost("the other end closed the socket")
+
+    def _send(self) -> None:
+        while self._out and self._sock is not None:
+            try:
+                sent = self._sock.send(self._out[0])
+            except BlockingIOError:
+                self._loop.add_writer(self._sock, self._send)
+                return
+            except OSError as error:
+                self._lost(error.strerror or str(error))
+                return
+            if sent < len(self._out[0]):
+                self._out[0] = self._out[0][sent:]
+            else:
+                self._out.pop(0)
+        if self._sock is not None:
+            self._loop.remove_writer(self._sock)
+
+    def _let_go(self) -> None:
+        assert self._sock is not None
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        self._sock = None
+        self._out.clear()
+
+    def _lost(self, reason: str) -> None:
+        self._let_go()
+        self.reason = reason
+        self._closed(reason)
+        if self._listener is None:
+            self._try_again()
+
+
+def _listen(path: Path) -> socket.socket:
+    """A listening socket at ``path``, mode 0600; one left there by a collector that died is replaced."""
+    try:
+        there: Optional[os.stat_result] = path.lstat()
+    except OSError:
+        there = None
+    if there is not None and not stat.S_ISSOCK(there.st_mode):
+        raise Problem(f"cannot listen at {path}: something else is there")
+    if there is not None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+            try:
+                probe.connect(os.fspath(path))
+            except OSError:
+                path.unlink(missing_ok=True)
+            else:
+                raise Problem(f"cannot listen at {path}: another process does")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    old = os.umask(0o177)
+    try:
+        sock.bind(os.fspath(path))
+    except OSError as error:
+        sock.close()
+        raise Problem(f"cannot listen at {path}: {error.strerror or error}") from None
+    finally:
+        os.umask(old)
+    sock.listen(8)
+    return sock
