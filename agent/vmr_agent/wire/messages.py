@@ -1,21 +1,24 @@
-"""What lives here: one frozen dataclass per message, and payloads packed and unpacked. The only importer of msgpack.
+"""What lives here: one frozen dataclass per message, and payloads packed and unpacked.
 
-It must not know: frames, sessions, what a message makes anybody do. `PROTOCOL.md` is the agreement; the kinds
-below are its kinds, and a test holds its tables against these classes.
+The only importer of msgpack. It must not know: frames, sessions, what a message makes anybody do.
+`PROTOCOL.md` is the agreement; the kinds below are its kinds, and a test holds its tables against these
+classes. Over 400 lines: twelve messages, each with its fields, are read as one list.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import msgpack
 
 MAX_BIN = 32_755  # the largest payload there can be: PROTOCOL.md section 1
 MAX_TEXT = 4_096  # PATH_MAX: no name Linux takes is longer, and no sentence should be
-MAX_MARKS = 2_048
+MAX_MARKS = 2_048  # items of any array; more reads, a byte each, fit into no frame
+MAX_MAP = 256  # keys of any map
 MAX_INT = 2**63 - 1
 
 
@@ -23,7 +26,7 @@ class Malformed(ValueError):
     """A payload that is no message of this protocol; counted and skipped."""
 
 
-# --- kinds ---------------------------------------------------------------------------------------------------
+# --- kinds ----------------------------------------------------------------------------------------
 
 
 def _uint(value: Any) -> bool:
@@ -39,7 +42,17 @@ def _bool(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    return type(value) is str and len(value) <= MAX_TEXT and len(value.encode("utf-8", "replace")) <= MAX_TEXT
+    return _str(value) and len(value) <= MAX_TEXT and len(value.encode()) <= MAX_TEXT
+
+
+def _str(value: Any) -> bool:
+    if type(value) is not str:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # it was no UTF-8: unpack lets such bytes through as lone surrogates
+        return False
+    return True
 
 
 def _bin(value: Any) -> bool:
@@ -59,15 +72,21 @@ def _name(value: Any) -> bool:
 
 
 def _map(value: Any) -> bool:
-    return type(value) is dict and all(
-        type(key) is str and (item is None or type(item) in (bool, str, bytes) or _int(item))
-        for key, item in value.items()
+    return (
+        type(value) is dict
+        and len(value) <= MAX_MAP
+        and all(
+            _str(key) and (item is None or type(item) in (bool, bytes) or _int(item) or _str(item))
+            for key, item in value.items()
+        )
     )
 
 
 def _pairs(value: Any) -> bool:
-    return type(value) is list and all(
-        type(pair) is list and len(pair) == 2 and _uint(pair[0]) and _uint(pair[1]) for pair in value
+    return (
+        type(value) is list
+        and len(value) <= MAX_MARKS
+        and all(type(pair) is list and len(pair) == 2 and _uint(pair[0]) and _uint(pair[1]) for pair in value)
     )
 
 
@@ -101,12 +120,12 @@ def _maybe(kind: str) -> Any:
 Scalar = Union[None, bool, int, str, bytes]
 Pairs = tuple[tuple[int, int], ...]
 
-# --- messages ------------------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Hello:
-    """Opens a session. From ``spool`` on the fields are the guest's. Times: ns; ``since_zero`` < 0 before zero."""
+    """Opens a session. From ``spool`` on the fields are the guest's; ``since_zero`` < 0 before time zero."""
 
     id: bytes = _of("bin8")
     peer: Optional[bytes] = _of("bin8?")
@@ -163,13 +182,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Output:
-    """Bytes of one stream from ``offset``; ``marks`` are (length, wall ns) of the reads joined in ``data``."""
+    """Bytes of one stream from ``offset``; ``marks``: (length, wall ns) of the reads joined in ``data``."""
 
     run: bytes = _of("bin16")
     stream: int = _of("uint")
     offset: int = _of("uint")
     more: bool = _of("bool")
-    marks: Pairs = _of("marks")
+    marks: Pairs = _of("marks")  # noqa: RUF009
     data: bytes = _of("bin")
 
 
@@ -186,7 +205,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Exit:
-    """How a run ended. Times: ns; ``max_rss``: bytes; ``ending`` is a value of :class:`vmr_agent.runs.Ending`."""
+    """How a run ended. Times: ns; ``max_rss``: bytes; ``ending``: :class:`vmr_agent.runs.Ending`'s value."""
 
     run: bytes = _of("bin16")
     ending: str = _of("text")
@@ -223,7 +242,7 @@ class Ack:
     state: int = _of("uint")
     stdout: int = _of("uint")
     stderr: int = _of("uint")
-    tails: Optional[Pairs] = _maybe("tails")
+    tails: Optional[Pairs] = _maybe("tails")  # noqa: RUF009
 
 
 @dataclass(frozen=True)
@@ -281,12 +300,12 @@ FIELDS: Mapping[Any, tuple[tuple[str, str, bool, Callable[[Any], bool]], ...]] =
 }
 """For each message class its fields: (name, kind, may be nil, check)."""
 
-# --- packing -------------------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A message and what the session needs to place it; ``to`` is empty and ``n`` −1 for a Hello."""
+    """A message and what the session needs to place it; ``to`` is empty and ``n`` -1 for a Hello."""
 
     message: Message
     to: bytes
@@ -296,21 +315,26 @@ class Envelope:
 def pack(message: Message, *, to: bytes = b"", n: int = -1) -> bytes:
     """The payload of a message. ``to`` and ``n`` are left out for a Hello.
 
-    Raises Malformed when a field holds what its kind does not allow.
+    Raises Malformed when a field, `to` or `n` holds what its kind does not allow.
     """
     cls = type(message)
     if cls is Unknown:
         raise Malformed("an unknown message can't be packed")
     payload: dict[str, Any] = {"type": cls.__name__.lower()}
     if cls is not Hello:
+        if not _bin8(to) or not _uint(n):
+            raise Malformed(f"{payload['type']}: no to or n")
         payload["to"] = to
         payload["n"] = n
     for name, kind, optional, check in FIELDS[cls]:
         value = getattr(message, name)
-        if kind in ("marks", "tails") and value is not None:
-            value = [list(pair) for pair in value]
-        elif kind == "map" and value is not None:
-            value = dict(value)
+        try:
+            if kind in ("marks", "tails") and value is not None:
+                value = [list(pair) for pair in value]
+            elif kind == "map" and value is not None:
+                value = dict(value)
+        except (TypeError, ValueError):
+            raise Malformed(f"{payload['type']}: {name} is no {kind}") from None
         if value is None and optional:
             payload[name] = None
         elif check(value):
@@ -330,22 +354,23 @@ def unpack(payload: bytes) -> Envelope:
         row = msgpack.unpackb(
             payload,
             raw=False,
-            unicode_errors="strict",
+            unicode_errors="surrogateescape",  # one bad str must not hide `to` and `n`
             strict_map_key=True,
             max_str_len=MAX_BIN,
             max_bin_len=MAX_BIN,
             max_array_len=MAX_MARKS,
-            max_map_len=256,
+            max_map_len=MAX_MAP,
             max_ext_len=0,
         )
     except RecursionError:
         raise Malformed("nested too deep") from None
     except Exception as error:  # msgpack raises ValueError, its own classes, TypeError, struct.error …
         raise Malformed(f"no MessagePack: {type(error).__name__}") from None
-    if type(row) is not dict or type(row.get("type")) is not str:
+    if type(row) is not dict or not _text(row.get("type")):
         raise Malformed("no map with a type")
-    kind_of_message = row["type"]
-    to, n = b"", -1
+    kind_of_message: str = row["type"]
+    to: Any = b""
+    n: Any = -1
     if kind_of_message != "hello":
         to, n = row.get("to"), row.get("n")
         if not _bin8(to) or not _uint(n):
@@ -353,9 +378,9 @@ def unpack(payload: bytes) -> Envelope:
     cls = TYPES.get(kind_of_message)
     if cls is None:
         return Envelope(Unknown(kind_of_message[:64]), to, n)
-    values = {}
+    values: dict[str, Any] = {}
     for name, kind, optional, check in FIELDS[cls]:
-        value = row.get(name)
+        value: Any = row.get(name)
         if value is None and optional:
             values[name] = None
             continue
@@ -377,8 +402,8 @@ class MalformedMessage(Malformed):
 
 
 # The hot path. An Output's map is packed by hand, so that `data`, last and largest, is never copied into a
-# packer: the head below plus the bytes as they lie in the spool are the payload. MessagePack: 0x89 is a map of
-# nine, 0xA? a short str, C4 bin 8, C5 bin 16, CF uint 64, DC array 16, 92 an array of two.
+# packer: the head below plus the bytes as they lie in the spool are the payload. MessagePack: 0x89 is a map
+# of nine, 0xA? a short str, C4 bin 8, C5 bin 16, CF uint 64, DC array 16, 92 an array of two.
 _OUTPUT_START = b"\x89\xa4type\xa6output\xa2to\xc4\x08"
 _MARK = struct.Struct(">BBIBQ")
 _U64 = struct.Struct(">BQ")
