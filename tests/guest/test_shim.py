@@ -1,4 +1,4 @@
-"""One run: what a script sees, what is kept of it, and how its end is told. Real scripts, through the fork server."""
+"""One run: what a script sees, what is kept of it, how its end is told. Real scripts and pipes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.guest.rig import BOOT_ID, VMR, Rig, alive, eventually, everything, result
-
 from vmr_agent.runs import Ending, RunState, Stream, Trigger
+
+from tests.guest.rig import BOOT_ID, VMR, Rig, eventually, everything, result
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system: needs root")
 
@@ -120,24 +120,13 @@ def test_a_background_child_delays_closed_but_not_the_exit(rig: Rig) -> None:
 
 
 def test_children_in_sessions_of_their_own_are_adopted_and_reaped(rig: Rig) -> None:
-    rig.stage(
-        "#!/bin/sh\nsetsid sh -c 'setsid sleep 0.2 & echo $!; setsid sleep 1000' & echo $!; sleep 0.1\n"
-    )
+    rig.stage("#!/bin/sh\n(setsid sleep 0.2 & echo $!)\nsetsid sleep 1000 & echo $!\n")
     run = rig.start()
     rig.wait(run, RunState.EXITED)
-    eventually(lambda: run.lengths().stdout and everything(run, Stream.STDOUT).count(b"\n") == 2)
-    pids = [int(line) for line in everything(run, Stream.STDOUT).split()]
-    eventually(
-        lambda: sum(Path(f"/proc/{pid}").exists() for pid in pids) <= 1, "the reaping of the short sleep"
-    )
-    shim = run.holder()
-    assert shim is not None
-    children = Path(f"/proc/{shim}/task/{shim}/children").read_text().split()
-    for child in [*children, *pids]:
-        if alive(int(child)):
-            descendants = Path(f"/proc/{child}/task/{child}/children").read_text().split()
-            for pid in [*descendants, child]:
-                os.kill(int(pid), 9)
+    short, long = (int(line) for line in everything(run, Stream.STDOUT).split())
+    eventually(lambda: not Path(f"/proc/{short}").exists(), "the reaping")
+    assert alive(long) and run.locked()
+    os.kill(long, 9)
     rig.wait(run, RunState.CLOSED)
     assert result(run).value == 0
 
@@ -286,7 +275,7 @@ def test_a_torn_started_record_means_it_never_ran(rig: Rig) -> None:
     """Power failed in the middle of the sync that comes before the script: it runs now."""
     rig.stage("#!/bin/sh\necho ran\n")
     run = rig.spool.create(VMR, Trigger.SCHEDULE, boot_id=BOOT_ID, now_ns=1)
-    (run.path / "started").write_bytes(b"\0" * 90)
+    (run.path / "starting").write_bytes(b'{"run": ')
     rig.wait(run, RunState.CLOSED)
     assert everything(run, Stream.STDOUT) == b"ran\n"
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
-from tests.guest.rig import VMR
-
 from vmr_agent.errors import Problem
 from vmr_agent.guest import spool as spool_module
 from vmr_agent.guest.spool import KEPT_TAIL, RECORD, History, Lengths, Run, Spool, TimeZero
 from vmr_agent.runs import Ending, RunInfo, Stream, Trigger
+
+from tests.guest.rig import VMR
 
 MIB = 1 << 20
 
@@ -45,8 +45,9 @@ def create(spool: Spool, vmr: bytes = VMR, *, now_ns: int = 5) -> Run:
 
 
 def begin(run: Run) -> None:
-    row = {"pid": 1 << 22, "ticks": 1, "boot_id": "boot", "wall_ns": 10, "boottime_ns": 20}
-    (run.path / "started").write_text(json.dumps(row) + "\n")
+    process = {"pid": 1 << 22, "ticks": 1, "boot_id": "boot", "wall_ns": 10, "boottime_ns": 20}
+    info = json.loads((run.path / "run.json").read_text())
+    (run.path / "started").write_text(json.dumps({"run": info, "process": process}) + "\n")
     (run.path / "lock").touch()
 
 
@@ -115,7 +116,7 @@ def test_a_read_only_file_system_is_a_problem(tmp_path: Path) -> None:
         pytest.skip("mounts a file system: needs root")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path], check=True)
     try:
-        with pytest.raises(Problem, match="cannot use .*Read-only"):
+        with pytest.raises(Problem, match=r"cannot use .*Read-only"):
             Spool(tmp_path / "state")
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)

@@ -169,6 +169,8 @@ class Runner:
         """
         # The lock is asked first: whoever let go of it has written all that he had to say before.
         held = run.locked()
+        if not held and run.result() is None:
+            run.recover()
         result, started = run.result(), run.started()
         if started is not None or result is not None:
             self._ordered.pop(run.info.run, None)

@@ -382,7 +382,7 @@ class Shim:
             pass  # no byte is lost by it, only its time; a hole reads as zeros and is skipped
 
     def _sync(self, *, index: bool = True) -> None:
-        """Data, then index; at the exit the data only, since the barrier waits for it: `sync_due` stays set."""
+        """Data, then index; at the exit only data, since the barrier waits for it: `sync_due` stays set."""
         try:
             for stream in self.streams:
                 if stream.dirty:
@@ -491,8 +491,8 @@ class Shim:
         os.pwrite(self.exit, data, 0)
         os.ftruncate(self.exit, len(data))
         self._stubbornly_sync(self.exit)
-        # Who sees the name sees what is durable. The rename itself is not synced: should it be undone by a power
-        # cut, the daemon finds the record, whole, under its first name.
+        # Who sees the name sees what is durable. The rename itself is not synced: should a power cut undo it,
+        # the daemon finds the record, whole, under its first name.
         os.rename("exit.json.new", "exit.json")
         self._kick()
 

@@ -9,8 +9,7 @@ It must not know: processes (but for who holds a lock), the wire, the schedule.
     <state>/runs/<start time>/<name>/<attempt>/   run.json lock started stdout stderr index exit.json closed
                                                   notes and, from a shim in trouble, blocked or failed
 
-`started`, `exit.json` and `closed` get these names when they are durable; a rename that a power cut undid leaves
-them, whole, as `starting` and `exit.json.new`.
+`started`, `exit.json` and `closed` get these names when they are durable, see Run.recover().
 
 It is one module, over the usual length: the rules of what is synced before what hold across all of it.
 """
@@ -184,8 +183,6 @@ class Run:
         """The script's process, once it is durable that it may run."""
         if self._started is None:
             row = _read_row(self.path / "started")
-            if row is None and not self.locked():
-                row = _read_row(self.path / "starting")  # while a shim has the lock it isn't durable yet
             try:
                 self._started = Started(**row["process"]) if row is not None else None
             except (KeyError, TypeError):
@@ -210,8 +207,6 @@ class Run:
     def _read_exit(self) -> None:
         if self._exit is None:
             row = _read_row(self.path / "exit.json")
-            if row is None and not self.locked():
-                row = _read_row(self.path / "exit.json.new")
             try:
                 self._exit = (result_from_json(row), bool(row.get("closed"))) if row is not None else None
             except (KeyError, TypeError, ValueError):
@@ -374,6 +369,16 @@ class Run:
         return _read_note(self.path / "failed")
 
     # -- what the daemon writes --
+
+    def recover(self) -> None:
+        """Name what a shim made durable before it, or the power, went; for when nobody has the lock.
+
+        Its renames are not synced, so a power cut may undo them; a torn record is none, since a shim goes on
+        only after the sync.
+        """
+        for temporary, name in (("starting", "started"), ("exit.json.new", "exit.json")):
+            if not (self.path / name).exists() and _read_row(self.path / temporary) is not None:
+                (self.path / temporary).rename(self.path / name)
 
     def write_lost(self, reason: str, *, stdout: int, stderr: int, asks_reboot: bool = False) -> RunResult:
         """End a run that nobody saw ending; its end is the last sign of life that its files give."""
