@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from vmr_agent.runs import Ending, RunState, Stream, Trigger
 
-from tests.guest.rig import BOOT_ID, VMR, Rig, eventually, everything, result
+from tests.guest.rig import BOOT_ID, VMR, Rig, alive, eventually, everything, result
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system: needs root")
 
