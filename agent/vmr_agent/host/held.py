@@ -1,0 +1,141 @@
+"""What lives here: what is held of one run, and its row: ``result.json``, and each line of a ``--json``.
+
+It must not know: files, the journal, how any of it came.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Optional
+
+from vmr_agent.errors import show
+from vmr_agent.host.firewheel_log import signal_name
+from vmr_agent.runs import Ending, RunState, Stream, run_path
+from vmr_agent.wire import messages
+
+STATES = {
+    Ending.CODE.value: "exited",
+    Ending.SIGNAL.value: "killed",
+    Ending.ERRNO.value: "failed to start",
+    Ending.LOST.value: "lost",
+}
+
+
+class HeldStream:
+    """One stream of one run."""
+
+    __slots__ = ("durable", "gap_end", "held", "more", "unfinished")
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.durable = 0
+        self.gap_end = 0
+        self.more = False
+        self.unfinished = False
+        """Its last byte was no newline, and nothing has shown that part of a line yet."""
+
+
+class HeldRun:
+    """One run that isn't durably closed."""
+
+    def __init__(self, message: messages.Run, started_ns: int) -> None:
+        self.message = message
+        self.started_ns = started_ns
+        self.state = RunState.STARTED
+        self.durable = RunState.NONE
+        self.streams = {stream: HeldStream() for stream in Stream}
+        self.exit: Optional[messages.Exit] = None
+        self.ended_ns = 0
+        self.closed: Optional[messages.Closed] = None
+        self.gaps: list[dict[str, Any]] = []
+        self.label = (message.vmr, message.attempt)
+        self.path = run_path(message.vmr, message.attempt)
+
+    def row(self) -> dict[str, Any]:
+        """``result.json``."""
+        start_time, _, name = self.message.vmr.partition(b"/")
+        row: dict[str, Any] = {
+            "vmr": show(self.message.vmr),
+            "start_time": show(start_time),
+            "name": show(name),
+            "attempt": self.message.attempt,
+            "trigger": self.message.trigger,
+            "state": "running",
+            "pid": self.message.pid,
+            "started": _iso(self.started_ns),
+            "ended": None,
+            "duration_s": None,
+            "exit_code": None,
+            "signal": None,
+            "error": None,
+            "stdout_bytes": self.streams[Stream.STDOUT].held,
+            "stderr_bytes": self.streams[Stream.STDERR].held,
+            "complete": False,
+            "gaps": self.gaps,
+            "rusage": None,
+        }
+        ended = self.exit
+        if ended is not None:
+            row["ended"] = _iso(self.ended_ns) if ended.ended else None
+            row["state"] = STATES.get(ended.ending, "lost")
+            if ended.ending in (Ending.CODE.value, Ending.SIGNAL.value):
+                row["duration_s"] = max(0, ended.ended_boottime - ended.started_boottime) / 1e9
+            if ended.ending == Ending.CODE.value:
+                row["exit_code"] = ended.value
+            elif ended.ending == Ending.SIGNAL.value:
+                row["signal"] = signal_name(ended.value)
+            row["error"] = ended.text or None
+            row["rusage"] = {
+                "user_s": ended.user / 1e9,
+                "system_s": ended.system / 1e9,
+                "max_rss_bytes": ended.max_rss,
+            }
+        if self.closed is not None:
+            row["complete"] = not self.gaps and not self.closed.reason
+            row["error"] = row["error"] or self.closed.reason or None
+        return row
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": to_hex(self.message),
+            "started_ns": self.started_ns,
+            "exit": to_hex(self.exit) if self.exit else None,
+            "ended_ns": self.ended_ns,
+            "closed": to_hex(self.closed) if self.closed else None,
+            "gaps": self.gaps,
+            "streams": [
+                [held.held, held.gap_end, held.more, held.unfinished] for held in self.streams.values()
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> HeldRun:
+        run = cls(from_hex(row["run"]), row["started_ns"])
+        if row["exit"]:
+            run.state, run.exit, run.ended_ns = RunState.EXITED, from_hex(row["exit"]), row["ended_ns"]
+        if row["closed"]:
+            run.state, run.closed = RunState.CLOSED, from_hex(row["closed"])
+        run.gaps = row["gaps"]
+        for held, values in zip(run.streams.values(), row["streams"]):
+            held.held, held.gap_end, held.more, held.unfinished = values
+        return run
+
+
+def _iso(ns: int) -> str:
+    second, rest = divmod(max(ns, 0), 1_000_000_000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f".{rest // 1000:06d}Z"
+
+
+def pack(message: messages.Message) -> bytes:
+    """A message as the journal holds it."""
+    if isinstance(message, messages.Hello):
+        return messages.pack(message)
+    return messages.pack(message, to=bytes(8), n=0)
+
+
+def to_hex(message: messages.Message) -> str:
+    return pack(message).hex()
+
+
+def from_hex(text: str) -> Any:
+    return messages.unpack(bytes.fromhex(text)).message

@@ -1,0 +1,631 @@
+"""What lives here: one life of one VM: its directory, what is held of each run, and the recovery of both.
+
+Every change is made in the same order: raw bytes, a journal record, what is known in memory. Recovery reads
+the journal and makes the same changes in memory, by the same functions.
+It must not know: sessions, other lives, what happens when a write fails.
+
+It is over 400 lines because writing the journal and replaying it must agree change by change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import zlib
+from collections import OrderedDict
+from typing import Callable, NamedTuple, Optional
+
+from vmr_agent.errors import show
+from vmr_agent.host.held import STATES, HeldRun, from_hex, pack, to_hex
+from vmr_agent.host.journal import (
+    FLUSH,
+    FRAME,
+    JOURNAL,
+    LIFE,
+    MARK,
+    NO_LINK,
+    OUTPUT,
+    TIME,
+    Kind,
+    open_read,
+    pack_record,
+    read_file,
+    read_records,
+    replace_file,
+    write_all,
+)
+from vmr_agent.runs import RunState, Stream, run_path
+from vmr_agent.schedule import parse_vmr
+from vmr_agent.wire import messages
+
+TAIL = 65_536
+"""Bytes at a stream's end that an Ack's ``tails`` cover: PROTOCOL.md."""
+MAX_OFFSET = 2**62
+MAX_OPEN_RUNS = 10_000
+MAX_GAPS_LISTED = 1_000
+OPEN_FILES = 32
+"""Raw files one VM keeps open: enough for the runs of a start time, and 1,000 VMs stay within ``nofile``."""
+CHECKPOINT_RECORDS = 4_096
+
+_CHECKPOINT = ".checkpoint"
+_SECOND = 1_000_000_000
+
+
+class BadGuest(Exception):
+    """The guest said what no guest says: the caller ends the session."""
+
+
+class Diverged(Exception):
+    """The guest contradicts what is held: it went back in time. The caller sends the request ``diverged``."""
+
+
+class _Snapshot(NamedTuple):
+    """What an Ack will say of a run."""
+
+    run: HeldRun
+    state: RunState
+    stdout: int
+    stderr: int
+
+
+class Sync:
+    """What ``begin_sync`` found to do.
+
+    A thread may work on it while the loop goes on: it opens every file anew by its name below its own
+    descriptor of the life's directory, so no closing or renaming in the loop can mix them up.
+    """
+
+    def __init__(self, log_dir: int, life: int, files: set[str], directories: set[str], covers: int) -> None:
+        self.log_dir = os.dup(log_dir)
+        self.life = os.dup(life)
+        self.files = files
+        self.directories = directories
+        self.covers = covers
+        """The journal's length when it was made."""
+        self.held: list[_Snapshot] = []
+        self.checkpoint: Optional[bytes] = None
+        self.error: Optional[OSError] = None
+
+    def sync(self) -> None:
+        """Sync each file, then each directory that names new ones."""
+        try:
+            for name in sorted(self.files):
+                self._sync_one(name, os.O_RDONLY, os.fdatasync)
+            for name in sorted(self.directories, reverse=True):
+                self._sync_one(name, os.O_RDONLY | os.O_DIRECTORY, os.fsync)
+        except OSError as error:
+            self.error = error
+
+    def _sync_one(self, name: str, flags: int, sync: Callable[[int], None]) -> None:
+        if name == "..":
+            sync(self.log_dir)
+            return
+        fd = os.open(name, flags | NO_LINK, dir_fd=self.life)
+        try:
+            sync(fd)
+        finally:
+            os.close(fd)
+
+    def __len__(self) -> int:
+        return len(self.files) + len(self.directories)
+
+    def close(self) -> None:
+        os.close(self.log_dir)
+        os.close(self.life)
+
+
+class Life:
+    """The directory of one life and what is held in it."""
+
+    def __init__(self, directory: int, number: int, spool: bytes, log: Callable[[str], None]) -> None:
+        self.number = number
+        self.spool = spool
+        self.hello: Optional[messages.Hello] = None
+        self.files: set[str] = set()
+        self.directories: set[str] = set()
+        self.unsynced = 0
+        self.unfinished: set[tuple[bytes, int]] = set()
+        self._directory = directory
+        self._log = log
+        self._journal = -1
+        self._size = 0
+        self._waiting = bytearray()
+        """Records not yet written: nobody may read beyond the last mark, so they can wait for the next."""
+        self._since_checkpoint = 0
+        self._skew = 0
+        self._runs: dict[bytes, HeldRun] = {}
+        self._finished: dict[bytes, tuple[bytes, int]] = {}
+        self._labels: dict[tuple[bytes, int], bytes] = {}
+        self._touched: dict[bytes, HeldRun] = {}
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def create(self, wall_ns: int) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | NO_LINK
+        self._journal = os.open(JOURNAL, flags, 0o644, dir_fd=self._directory)
+        self.append(Kind.LIFE, LIFE.pack(self.number, self.spool, wall_ns))
+        self._write_waiting()
+        self.directories |= {".", ".."}
+
+    def close(self) -> None:
+        for fd in (*self._open.values(), self._journal, self._directory):
+            if fd >= 0:
+                os.close(fd)
+        self._open.clear()
+        self._journal = self._directory = -1
+
+    # --- the journal
+
+    def append(self, kind: int, content: bytes) -> None:
+        self._waiting += pack_record(kind, content)
+        self._since_checkpoint += 1
+        self.files.add(JOURNAL)
+        if len(self._waiting) > 1 << 16:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        write_all(self._journal, self._waiting)
+        self._size += len(self._waiting)
+        self._waiting.clear()
+
+    def dirty(self) -> bool:
+        return bool(self.files or self._touched)
+
+    def latest(self, vmr: bytes) -> Optional[bytes]:
+        """The run of a VMR's latest attempt."""
+        attempts = [(attempt, run) for (name, attempt), run in self._labels.items() if name == vmr]
+        return max(attempts)[1] if attempts else None
+
+    def begin_sync(self, log_dir: int, *, checkpoint: bool = False) -> Sync:
+        self._write_waiting()
+        sync = Sync(log_dir, self._directory, self.files, self.directories, self._size)
+        sync.held = [
+            _Snapshot(run, run.state, run.streams[Stream.STDOUT].held, run.streams[Stream.STDERR].held)
+            for run in self._touched.values()
+        ]
+        if checkpoint or self._since_checkpoint >= CHECKPOINT_RECORDS:
+            self._since_checkpoint = 0
+            sync.checkpoint = self._checkpoint()
+        self.files, self.directories, self._touched, self.unsynced = set(), set(), {}, 0
+        return sync
+
+    def finish_sync(self, sync: Sync) -> list[messages.Ack]:
+        self._waiting += pack_record(Kind.MARK, MARK.pack(sync.covers))
+        self._write_waiting()
+        if sync.checkpoint is not None:
+            replace_file(self._directory, _CHECKPOINT, sync.checkpoint)
+        acks = []
+        for run, state, stdout, stderr in sync.held:
+            run.durable = state
+            run.streams[Stream.STDOUT].durable = stdout
+            run.streams[Stream.STDERR].durable = stderr
+            if state is RunState.CLOSED:
+                self._finish(run)
+            acks.append(messages.Ack(run.message.run, int(state), stdout, stderr))
+        return acks
+
+    def _finish(self, run: HeldRun) -> None:
+        """Forget all of a run but its label."""
+        self._runs.pop(run.message.run, None)
+        self._finished[run.message.run] = run.label
+        for stream in Stream:
+            self._close_raw(f"{run.path}/{stream.filename}")
+
+    # --- the checkpoint: what is held at some mark, so that a start needn't read a day's journal. It is
+    # written without a sync: where it can't be read whole the journal is read from its beginning.
+
+    def _checkpoint(self) -> bytes:
+        state = {
+            "life": self.number,
+            "journal": self._size,
+            "hello": to_hex(self.hello) if self.hello else None,
+            "skew": self._skew,
+            "runs": [run.to_json() for run in self._runs.values() if run.durable is not RunState.CLOSED],
+            "finished": [[run.hex(), vmr.hex(), attempt] for run, (vmr, attempt) in self._finished.items()],
+        }
+        return pack_record(0, json.dumps(state).encode())
+
+    def _load_checkpoint(self, size: int) -> int:
+        try:
+            data = read_file(self._directory, _CHECKPOINT)
+        except FileNotFoundError:
+            return 0
+        length, crc = FRAME.unpack(data[: FRAME.size].ljust(FRAME.size, b"\0"))
+        body = data[FRAME.size :]
+        if not body or len(body) != length or zlib.crc32(body) != crc:
+            return 0
+        state = json.loads(body[1:])
+        if state["life"] != self.number or state["journal"] > size:
+            return 0
+        self.hello = from_hex(state["hello"]) if state["hello"] else None
+        self._skew = state["skew"]
+        for run_hex, vmr, attempt in state["finished"]:
+            run_id, label = bytes.fromhex(run_hex), (bytes.fromhex(vmr), attempt)
+            self._finished[run_id] = label
+            self._labels[label] = run_id
+        for row in state["runs"]:
+            run = HeldRun.from_json(row)
+            self._add(run)
+        return int(state["journal"])
+
+    # --- recovery
+
+    def recover(self, *, trust: bool) -> None:
+        """Read what is held. What stands behind the last mark is checked against the raw files and kept up to
+        the first record that fails; without ``trust`` (a sync failed: the page cache may hold what the disk
+        does not) all of it is dropped."""
+        self._journal = os.open(JOURNAL, os.O_RDWR | os.O_APPEND | NO_LINK, dir_fd=self._directory)
+        size = os.fstat(self._journal).st_size
+        begin = marked = self._load_checkpoint(size)
+        for _, kind, content in read_records(self._journal, begin):
+            if kind == Kind.MARK:
+                marked = MARK.unpack(content)[0]
+        self._size = begin
+        crossed = False
+        for behind, kind, content in read_records(self._journal, begin):
+            if behind > marked and kind != Kind.MARK:
+                if not crossed:
+                    self._all_durable()
+                    crossed = True
+                if not trust or not self._stands(kind, content):
+                    break
+            self._replay(kind, content)
+            self._size = behind
+        if not crossed:
+            self._all_durable()
+        if self._size < size:
+            os.ftruncate(self._journal, self._size)
+            # The last mark may have stood behind what was cut, and what it covers must never be doubted.
+            self.append(Kind.MARK, MARK.pack(marked))
+            self._write_waiting()
+        for run in list(self._runs.values()):
+            self._mend(run)
+            if run.durable is RunState.CLOSED:
+                self._finish(run)
+
+    def _stands(self, kind: int, content: bytes) -> bool:
+        if kind != Kind.OUTPUT:
+            return True
+        run_id, stream, offset, length, _, crc = OUTPUT.unpack(content)
+        try:
+            fd = self._raw(self._runs[run_id], Stream(stream), os.O_RDONLY)
+        except (OSError, KeyError):
+            return False
+        return bool(zlib.crc32(os.pread(fd, length, offset)) == crc)
+
+    def _replay(self, kind: int, content: bytes) -> None:
+        if kind == Kind.OUTPUT:
+            run_id, number, offset, length, _, _ = OUTPUT.unpack(content)
+            self._apply_output(self._runs[run_id], Stream(number), offset + length, unfinished=True)
+        elif kind == Kind.FLUSH:
+            run_id, number = FLUSH.unpack(content)
+            self._apply_flush(self._runs[run_id], Stream(number))
+        elif kind == Kind.HELLO:
+            hello = messages.unpack(content[TIME.size :]).message
+            assert isinstance(hello, messages.Hello)
+            self.apply_hello(hello, TIME.unpack_from(content)[0])
+        elif kind in (Kind.RUN, Kind.GAP, Kind.EXIT, Kind.CLOSED):
+            message = messages.unpack(content).message
+            if isinstance(message, messages.Run):
+                self._add(HeldRun(message, message.started + self._skew))
+            elif isinstance(message, messages.Gap):
+                self._apply_gap(self._runs[message.run], message)
+            elif isinstance(message, messages.Exit):
+                self._apply_exit(self._runs[message.run], message)
+            elif isinstance(message, messages.Closed):
+                self._apply_closed(self._runs[message.run], message)
+
+    def _all_durable(self) -> None:
+        for run in self._runs.values():
+            run.durable = run.state
+            for held in run.streams.values():
+                held.durable = held.held
+        self._touched.clear()
+        self.files.clear()
+        self.directories.clear()
+
+    def _mend(self, run: HeldRun) -> None:
+        """Make the run's files say what the journal says."""
+        self._make_directory(run.path)
+        for stream, held in run.streams.items():
+            fd = self._raw(run, stream)
+            size = os.fstat(fd).st_size
+            if size > held.held:
+                os.ftruncate(fd, held.held)
+            elif size < held.held:
+                self._log(f"{run.path}/{stream.filename} has lost {held.held - size} bytes since")
+            if held.unfinished and os.pread(fd, 1, held.held - 1) == b"\n":
+                held.unfinished = False
+            self._note_unfinished(run, stream)
+        self._write_result(run)
+
+    # --- what the guest says
+
+    def run(self, message: messages.Run) -> messages.Ack:
+        label = (message.vmr, message.attempt)
+        known = self._runs.get(message.run)
+        held_label = known.label if known is not None else self._finished.get(message.run)
+        if held_label is not None:
+            if held_label != label:
+                raise Diverged(f"{_label(held_label)} now says it is {_label(label)}")
+            return self._ack(known) if known is not None else self._ack_finished(message)
+        if label in self._labels:
+            raise Diverged(f"{_label(label)} is another run than before")
+        if parse_vmr(message.vmr) != message.vmr or message.attempt < 1:
+            raise BadGuest(f"no VMR has the name {show(message.vmr)}, attempt {message.attempt}")
+        if len(self._runs) >= MAX_OPEN_RUNS:
+            raise BadGuest(f"more than {MAX_OPEN_RUNS} runs at once")
+        run = HeldRun(message, message.started + self._skew)
+        self._make_directory(run.path)
+        for stream in Stream:
+            os.ftruncate(self._raw(run, stream), 0)
+        self.append(Kind.RUN, pack(message))
+        self._add(run)
+        self._write_result(run)
+        return messages.Ack(message.run, int(RunState.NONE), 0, 0, ((0, 0), (0, 0)))
+
+    def output(self, message: messages.Output) -> None:
+        run = self._known(message.run)
+        if run is None:
+            return
+        stream = _stream(message.stream)
+        held = run.streams[stream]
+        data, marks, offset = memoryview(message.data), message.marks, message.offset
+        end = offset + len(data)
+        if offset > held.held:
+            raise BadGuest(f"a hole in {run.path}/{stream.filename}: byte {offset} where {held.held} was due")
+        if sum(length for length, _ in marks) != len(data):
+            raise BadGuest("marks that do not add up to the data")
+        if held.held > offset:  # sent again; only what is new counts
+            known = min(held.held, end) - offset
+            self._compare(run, stream, offset, data[:known])
+            data, marks, offset = data[known:], _behind(marks, known), offset + known
+        held.more = message.more
+        if not data:
+            self._note_unfinished(run, stream)
+            return
+        self._allow(run, end)
+        write_all(self._raw(run, stream), data, offset)
+        begin = at = 0
+        begun = marks[0][1]
+        for length, wall in marks:
+            # The renderer stamps each record once, so a record stays within one second of the logs' clock.
+            if at > begin and (wall + self._skew) // _SECOND != (begun + self._skew) // _SECOND:
+                self._append_output(run, stream, offset + begin, data[begin:at], begun)
+                begin, begun = at, wall
+            at += length
+        self._append_output(run, stream, offset + begin, data[begin:], begun)
+        self.unsynced += len(data)
+        self._apply_output(run, stream, end, unfinished=data[-1] != 0x0A)
+
+    def _append_output(self, run: HeldRun, stream: Stream, offset: int, data: memoryview, wall: int) -> None:
+        content = OUTPUT.pack(run.message.run, stream, offset, len(data), wall, zlib.crc32(data))
+        self.append(Kind.OUTPUT, content)
+
+    def gap(self, message: messages.Gap) -> None:
+        run = self._known(message.run)
+        if run is None:
+            return
+        stream = _stream(message.stream)
+        held, end = run.streams[stream].held, message.offset + message.length
+        if message.offset > held:
+            raise BadGuest(f"a hole in {run.path}/{stream.filename}: a gap at {message.offset}, not {held}")
+        if end <= held:
+            return
+        self._allow(run, end)
+        try:
+            os.ftruncate(self._raw(run, stream), end)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise BadGuest(f"a gap up to byte {end}, more than a file can have") from None
+            raise
+        message = dataclasses.replace(message, offset=held, length=end - held)
+        self.append(Kind.GAP, pack(message))
+        self._apply_gap(run, message)
+        self._write_result(run)
+
+    def exit(self, message: messages.Exit) -> None:
+        run = self._known(message.run)
+        if run is None:
+            return
+        if message.ending not in STATES:
+            raise BadGuest(f"no way to end: {message.ending!r}")
+        if run.exit is None:
+            self.append(Kind.EXIT, pack(message))
+            self._apply_exit(run, message)
+            self._write_result(run)
+        elif run.exit != message:
+            raise Diverged(f"{_label(run.label)} ended in another way than before")
+        self._touched[message.run] = run
+
+    def end(self, message: messages.Closed) -> None:
+        run = self._known(message.run)
+        if run is None:
+            return
+        lengths = tuple(held.held for held in run.streams.values())
+        if run.exit is None or message.stdout > lengths[0] or message.stderr > lengths[1]:
+            raise BadGuest(f"{run.path} closed before all of it was sent")
+        if (message.stdout, message.stderr) != lengths or (run.closed is not None and run.closed != message):
+            raise Diverged(f"{_label(run.label)} was longer before")
+        if run.closed is None:
+            self.append(Kind.CLOSED, pack(message))
+            self._apply_closed(run, message)
+            self._write_result(run)
+        self._touched[message.run] = run
+
+    def flush_line(self, run_id: bytes, stream: Stream) -> None:
+        run = self._runs.get(run_id)
+        if run is not None and run.streams[stream].unfinished:
+            self.append(Kind.FLUSH, FLUSH.pack(run_id, stream))
+            self._apply_flush(run, stream)
+
+    def _known(self, run_id: bytes) -> Optional[HeldRun]:
+        """The run, or None for one that is finished: what is said of it is said again."""
+        run = self._runs.get(run_id)
+        if run is None and run_id not in self._finished:
+            raise BadGuest(f"run {run_id.hex()} was never announced")
+        return run
+
+    def _allow(self, run: HeldRun, end: int) -> None:
+        """The place for limits on what one VM may store."""
+        if end > MAX_OFFSET:
+            raise BadGuest(f"an offset of {end}")
+        if run.state is RunState.CLOSED:
+            raise BadGuest(f"{run.path} goes on after it was closed")
+
+    # --- what changes in memory, when said and when replayed
+
+    def apply_hello(self, hello: messages.Hello, host_wall_ns: int) -> None:
+        self.hello = hello
+        self._skew = host_wall_ns - hello.wall
+
+    def _add(self, run: HeldRun) -> None:
+        self._runs[run.message.run] = run
+        self._labels[run.label] = run.message.run
+        self._touched[run.message.run] = run
+
+    def _apply_output(self, run: HeldRun, stream: Stream, end: int, *, unfinished: bool) -> None:
+        run.streams[stream].held = end
+        run.streams[stream].unfinished = unfinished
+        self._note_unfinished(run, stream)
+        self.files.add(f"{run.path}/{stream.filename}")
+        self._touched[run.message.run] = run
+
+    def _apply_flush(self, run: HeldRun, stream: Stream) -> None:
+        run.streams[stream].unfinished = False
+        self._note_unfinished(run, stream)
+
+    def _apply_gap(self, run: HeldRun, message: messages.Gap) -> None:
+        stream = Stream(message.stream)
+        held = run.streams[stream]
+        held.held = held.gap_end = message.offset + message.length
+        if len(run.gaps) < MAX_GAPS_LISTED:
+            where = {"stream": stream.filename, "offset": message.offset, "length": message.length}
+            run.gaps.append({**where, "reason": message.reason})
+        self._apply_output(run, stream, held.held, unfinished=False)
+
+    def _apply_exit(self, run: HeldRun, message: messages.Exit) -> None:
+        run.exit = message
+        run.ended_ns = message.ended + self._skew
+        run.state = RunState.EXITED
+        self._touched[message.run] = run
+        for stream, count in ((Stream.STDOUT, message.stdout), (Stream.STDERR, message.stderr)):
+            if count <= run.streams[stream].held:
+                self._apply_flush(run, stream)  # the exit shows it
+
+    def _apply_closed(self, run: HeldRun, message: messages.Closed) -> None:
+        run.closed = message
+        run.state = RunState.CLOSED
+        self._touched[message.run] = run
+        for stream in Stream:
+            self._apply_flush(run, stream)
+
+    def _note_unfinished(self, run: HeldRun, stream: Stream) -> None:
+        held = run.streams[stream]
+        if held.unfinished and not held.more:
+            self.unfinished.add((run.message.run, int(stream)))
+        else:
+            self.unfinished.discard((run.message.run, int(stream)))
+
+    # --- Acks in answer to Run
+
+    def _ack(self, run: HeldRun) -> messages.Ack:
+        out, err = (run.streams[stream] for stream in Stream)
+        tails = tuple(
+            self._tail(f"{run.path}/{stream.filename}", held.durable, min(held.gap_end, held.durable))
+            for stream, held in run.streams.items()
+        )
+        return messages.Ack(run.message.run, int(run.durable), out.durable, err.durable, tails)
+
+    def _ack_finished(self, message: messages.Run) -> messages.Ack:
+        path = run_path(message.vmr, message.attempt)
+        lengths = []
+        tails = []
+        try:
+            row = json.loads(read_file(self._directory, f"{path}/result.json"))
+            for stream in Stream:
+                lengths.append(int(row[f"{stream.filename}_bytes"]))
+                gaps = [gap for gap in row["gaps"] if gap["stream"] == stream.filename]
+                ends = [gap["offset"] + gap["length"] for gap in gaps]
+                tails.append(self._tail(f"{path}/{stream.filename}", lengths[-1], max(ends, default=0)))
+        except (OSError, ValueError, KeyError, TypeError):  # somebody tidied up; the guest needs not know
+            lengths, tails = [0, 0], [(0, 0), (0, 0)]
+        return messages.Ack(message.run, int(RunState.CLOSED), lengths[0], lengths[1], tuple(tails))
+
+    def _tail(self, name: str, length: int, gap_end: int) -> tuple[int, int]:
+        """CRC and length of the last bytes, as far back as they are the guest's own."""
+        begin = max(gap_end, length - TAIL)
+        try:
+            fd = open_read(self._directory, name)
+        except OSError:
+            return 0, 0
+        try:
+            data = os.pread(fd, length - begin, begin)
+        finally:
+            os.close(fd)
+        return (zlib.crc32(data), len(data)) if len(data) == length - begin else (0, 0)
+
+    # --- files
+
+    def _compare(self, run: HeldRun, stream: Stream, offset: int, data: memoryview) -> None:
+        begin = min(max(offset, run.streams[stream].gap_end), offset + len(data))
+        held = os.pread(self._raw(run, stream), offset + len(data) - begin, begin)
+        if held != data[begin - offset : begin - offset + len(held)]:
+            raise Diverged(f"{run.path}/{stream.filename} had other bytes before from {begin} on")
+
+    def _raw(self, run: HeldRun, stream: Stream, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+        name = f"{run.path}/{stream.filename}"
+        fd = self._open.get(name)
+        if fd is not None:
+            self._open.move_to_end(name)
+            return fd
+        if len(self._open) >= OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        fd = self._open[name] = os.open(name, flags | NO_LINK, 0o644, dir_fd=self._directory)
+        return fd
+
+    def _close_raw(self, name: str) -> None:
+        fd = self._open.pop(name, None)
+        if fd is not None:
+            os.close(fd)
+
+    def _make_directory(self, path: str) -> None:
+        parts = path.split("/")
+        for depth in range(1, len(parts) + 1):
+            name = "/".join(parts[:depth])
+            try:
+                os.mkdir(name, 0o755, dir_fd=self._directory)
+            except FileExistsError:
+                os.close(os.open(name, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=self._directory))
+            else:
+                self.directories.add("/".join(parts[: depth - 1]) or ".")
+        self.directories.add(path)
+
+    def _write_result(self, run: HeldRun) -> None:
+        content = json.dumps(run.row(), indent=1) + "\n"
+        replace_file(self._directory, f"{run.path}/result.json", content.encode())
+        self.files.add(f"{run.path}/result.json")
+        self.directories.add(run.path)
+
+
+def _label(label: tuple[bytes, int]) -> str:
+    return f"{show(label[0])} attempt {label[1]}"
+
+
+def _stream(number: int) -> Stream:
+    try:
+        return Stream(number)
+    except ValueError:
+        raise BadGuest(f"no stream {number}") from None
+
+
+def _behind(marks: messages.Pairs, known: int) -> messages.Pairs:
+    """The marks without those for the first ``known`` bytes."""
+    rest = []
+    for length, wall in marks:
+        dropped = min(known, length)
+        known -= dropped
+        if length > dropped:
+            rest.append((length - dropped, wall))
+    return tuple(rest)

@@ -1,0 +1,394 @@
+"""What lives here: one VM's part of the log directory but the two logs: its lives, and what is durable.
+
+The order of writes is the promise: raw bytes at their offset, then the journal, then both synced, then a
+*mark* in the journal, then the Ack. So an Ack says what would survive a power cut, and a renderer that reads
+the journal up to the last mark never shows what could be taken back.
+
+Where a write or a sync fails OSError comes out, and from then on what isn't durable counts as not held: the
+caller ends the session and, a moment later, begins another, so that the guest sends it again.
+It must not know: sockets, sessions, log lines, when to sync.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from vmr_agent.errors import Problem
+from vmr_agent.host.held import pack
+from vmr_agent.host.journal import (
+    NO_LINK,
+    TIME,
+    Kind,
+    lives,
+    read_life,
+    rendered_life,
+    vm_segment,
+    write_all,
+)
+from vmr_agent.host.life import BadGuest, Diverged, Life, Sync
+from vmr_agent.runs import Stream
+from vmr_agent.wire import messages
+
+_LOCK_TRIES = 10  # 0.1 s each: a collector that was told to end needs a moment
+SYNCFS_FROM = 16
+"""So many files in one sweep make one ``syncfs`` cheaper than a sync each."""
+_SYNCFS_SLOW = 1.0
+"""Seconds after which ``syncfs`` is given up: it also writes what others left, such as images of disks."""
+
+
+class LogStore:
+    """One VM's. All but :meth:`Sync.sync` belongs to one thread.
+
+    Whatever takes a guest's message may raise BadGuest, Diverged or OSError.
+    """
+
+    def __init__(self, log_dir: Path, vm: str, *, log: Callable[[str], None]) -> None:
+        self.log_dir = log_dir
+        self.vm = vm
+        self.last_hello: Optional[messages.Hello] = None
+        """The last one journaled, also of an earlier collector: what time travel is judged by."""
+        self._log = log
+        self._segment = vm_segment(vm)
+        self._failed: Optional[OSError] = None
+        self._diverged = False
+        self._life: Optional[Life] = None
+        self._in_flight: Optional[Sync] = None
+        self._root = -1
+        self._lock = -1
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            self._root = os.open(log_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._lock = self._take_lock()
+            self._life = self._find_life(trust=True)
+        except OSError as error:
+            self._release()
+            raise Problem(f"cannot write to {log_dir}: {_reason(error)}") from None
+        except Problem:
+            self._release()
+            raise
+
+    def _take_lock(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | NO_LINK
+        fd = os.open(f".{self._segment}.lock", flags, 0o644, dir_fd=self._root)
+        for attempt in range(_LOCK_TRIES):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt < _LOCK_TRIES - 1:
+                    time.sleep(0.1)
+        else:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            os.close(fd)
+            raise Problem(
+                f"cannot keep logs of {self.vm} in {self.log_dir}: process {holder or 'unknown'} does",
+                hint="one collector per VM and log directory",
+            )
+        os.ftruncate(fd, 0)
+        write_all(fd, f"{os.getpid()}\n".encode(), 0)
+        return fd
+
+    def _release(self) -> None:
+        for fd in (self._lock, self._root):
+            if fd >= 0:
+                os.close(fd)
+        self._lock = self._root = -1
+
+    def close(self) -> None:
+        """Make durable what can be, and let go of the log directory. No sync may be in flight."""
+        if self._root < 0:
+            return
+        try:
+            if self._life is not None and self._failed is None:
+                self._sync_now(checkpoint=True)
+        except OSError as error:
+            self._log(f"{self.vm}: cannot sync: {_reason(error)}")
+        finally:
+            if self._life is not None:
+                self._life.close()
+                self._life = None
+            self._release()
+
+    # --- lives and recovery
+
+    def life(self, hello: messages.Hello, host_wall_ns: int) -> bool:
+        """A session was opened. True when it begins a new life of a VM that had one before."""
+        if hello.spool is None:
+            raise BadGuest("its Hello names no spool")
+        if self._failed is not None:
+            if self._life is not None:
+                self._life.close()
+            self._life = self._in_flight = None
+            self._life = self._find_life(trust=False)
+            self._failed = None
+        with self._writing():
+            self._judge(hello)
+            self._diverged = False
+            known = False
+            if self._life is None or self._life.spool != hello.spool:
+                known = self._begin_life(hello.spool, host_wall_ns)
+            self._current.append(Kind.HELLO, TIME.pack(host_wall_ns) + pack(hello))
+            self._current.apply_hello(hello, host_wall_ns)
+            self.last_hello = hello
+            return known
+
+    def _judge(self, hello: messages.Hello) -> None:
+        last = self.last_hello
+        if last is None or (last.spool, last.boot) != (hello.spool, hello.boot):
+            return
+        if hello.boottime is not None and last.boottime is not None and hello.boottime < last.boottime:
+            raise Diverged("the clock of one boot went backwards")
+
+    def _find_life(self, *, trust: bool) -> Optional[Life]:
+        try:
+            directory = os.open(
+                self._segment, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=self._root
+            )
+        except FileNotFoundError:
+            return None
+        begun = read_life(directory)
+        if begun is None:
+            os.close(directory)
+            return None
+        os.close(begun[0])
+        life = Life(directory, begun[1], begun[2], self._log)
+        try:
+            life.recover(trust=trust)
+        except BaseException:
+            life.close()
+            raise
+        self.last_hello = life.hello
+        return life
+
+    def _begin_life(self, spool: bytes, wall_ns: int) -> bool:
+        if self._life is not None:
+            self._sync_now(checkpoint=True)
+            self._life.close()
+            self._life = None
+        found = lives(self._root, self._segment)
+        number = max([rendered_life(self._root, self._segment), *found.values()])
+        if self._segment in found:
+            aside = self._aside(found)
+            number = max(number, aside[1])
+            os.rename(self._segment, aside[0], src_dir_fd=self._root, dst_dir_fd=self._root)
+        # Under another name until its first record is there, so that a life never lacks its beginning.
+        coming = f".{self._segment}.new"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(coming, 0o755, dir_fd=self._root)
+        directory = os.open(coming, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=self._root)
+        self._life = Life(directory, number + 1, spool, self._log)
+        self._life.create(wall_ns)
+        os.rename(coming, self._segment, src_dir_fd=self._root, dst_dir_fd=self._root)
+        return number > 0
+
+    def _aside(self, found: dict[str, int]) -> tuple[str, int]:
+        """The name the current directory gets: its own life's number, or the next that is free."""
+        directory = os.open(self._segment, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=self._root)
+        try:
+            begun = read_life(directory)
+            number = 1
+            if begun is not None:
+                os.close(begun[0])
+                number = begun[1]
+            while number in found.values():
+                number += 1
+            return f"{self._segment}~{number}", number
+        finally:
+            os.close(directory)
+
+    @property
+    def _current(self) -> Life:
+        if self._life is None:
+            raise BadGuest("a message before its Hello")
+        return self._life
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        if self._failed is not None:
+            raise OSError(self._failed.errno, self._failed.strerror)
+        try:
+            yield
+        except OSError as error:
+            self._failed = error
+            raise
+        except Diverged:
+            self._diverged = True
+            raise
+
+    # --- what the guest says. Once it diverged nothing is believed before its new life: what it still sends
+    # is of another past.
+
+    def run(self, message: messages.Run) -> messages.Ack:
+        """What is durably held of this run."""
+        if self._diverged:
+            raise Diverged("it was set back in time")
+        with self._writing():
+            return self._current.run(message)
+
+    def output(self, message: messages.Output) -> None:
+        if not self._diverged:
+            with self._writing():
+                self._current.output(message)
+
+    def gap(self, message: messages.Gap) -> None:
+        if not self._diverged:
+            with self._writing():
+                self._current.gap(message)
+
+    def exit(self, message: messages.Exit) -> None:
+        if not self._diverged:
+            with self._writing():
+                self._current.exit(message)
+
+    def closed(self, message: messages.Closed) -> None:
+        if not self._diverged:
+            with self._writing():
+                self._current.end(message)
+
+    def flush_line(self, run: bytes, stream: int) -> None:
+        """Show the part of a line held back now. Journaled, so that rendering depends on nothing else."""
+        with self._writing():
+            self._current.flush_line(run, Stream(stream))
+
+    def unfinished_lines(self) -> list[tuple[bytes, int]]:
+        """Streams whose last byte was no newline, not shown yet, and of which the guest held no more."""
+        return [] if self._life is None or self._failed else list(self._life.unfinished)
+
+    def latest(self, vmr: bytes) -> Optional[bytes]:
+        """The run of a VMR's latest attempt in this life."""
+        return None if self._life is None else self._life.latest(vmr)
+
+    # --- durability
+
+    def dirty(self) -> bool:
+        return self._life is not None and self._failed is None and self._life.dirty()
+
+    def unsynced_bytes(self) -> int:
+        """Bytes of output since the last :meth:`begin_sync`."""
+        return 0 if self._life is None else self._life.unsynced
+
+    def begin_sync(self) -> Optional[Sync]:
+        """In the loop. None when nothing is to be done, or a sync is still in flight."""
+        if self._in_flight is not None or not self.dirty():
+            return None
+        with self._writing():
+            self._in_flight = self._current.begin_sync(self._root)
+        return self._in_flight
+
+    def finish_sync(self, sync: Sync) -> list[messages.Ack]:
+        """In the loop, when the work is done: the mark, then what may be acknowledged."""
+        sync.close()
+        if sync is not self._in_flight:
+            return []  # a new life began meanwhile
+        self._in_flight = None
+        with self._writing():
+            if sync.error is not None:
+                # The kernel reports a failed write-back once, then calls the pages clean: a second sync
+                # would lie.
+                raise sync.error
+            return self._current.finish_sync(sync)
+
+    def sync(self) -> list[messages.Ack]:
+        """All three in one go, for whoever has no loop to keep."""
+        sync = self.begin_sync()
+        if sync is None:
+            return []
+        sync.sync()
+        return self.finish_sync(sync)
+
+    def _sync_now(self, *, checkpoint: bool) -> None:
+        """Also what a sync in flight was to do."""
+        in_flight, self._in_flight = self._in_flight, None
+        life = self._current
+        if in_flight is not None:
+            life.files |= in_flight.files
+            life.directories |= in_flight.directories
+        if not life.dirty():
+            return
+        with self._writing():
+            sync = life.begin_sync(self._root, checkpoint=checkpoint)
+            self._in_flight = sync
+            sync.sync()
+        self.finish_sync(sync)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return rows(self.log_dir, self.vm)
+
+
+class Syncer:
+    """Works on the syncs of many VMs at once; one per collector, used by one thread at a time."""
+
+    def __init__(self) -> None:
+        # Before Linux 5.8 syncfs does not report that writing back failed.
+        release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._syncfs: Any = getattr(libc, "syncfs", None) if release >= (5, 8) else None
+
+    def sync(self, syncs: Sequence[Sync]) -> None:
+        if self._syncfs is None or sum(map(len, syncs)) < SYNCFS_FROM:
+            for sync in syncs:
+                sync.sync()
+            return
+        begun = time.monotonic()
+        by_device: dict[int, list[Sync]] = {}
+        for sync in syncs:
+            by_device.setdefault(os.fstat(sync.life).st_dev, []).append(sync)
+        for group in by_device.values():
+            if self._syncfs(group[0].life) != 0:
+                code = ctypes.get_errno()
+                for sync in group:
+                    sync.error = OSError(code, os.strerror(code))
+        if time.monotonic() - begun > _SYNCFS_SLOW:
+            self._syncfs = None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+# --- reading without a collector ----------------------------------------------------------------------------
+
+
+def rows(log_dir: Path, vm: str) -> list[dict[str, Any]]:
+    """One row per VMR of the VM's current life, its latest attempt, in the schedule's order.
+
+    Reads files alone, so it works with no collector running, and in another thread.
+    """
+    found = []
+    for directory in (log_dir / vm_segment(vm)).glob("[!.]*/*"):
+        attempts = [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]
+        for attempt in sorted(attempts, reverse=True):
+            row = _read_row(directory / str(attempt))
+            if row is not None:
+                found.append(row)
+                break
+    return sorted(found, key=_row_order)
+
+
+def _read_row(directory: Path) -> Optional[dict[str, Any]]:
+    try:
+        row = json.loads((directory / "result.json").read_bytes())
+        if not isinstance(row, dict):
+            return None
+        if row["state"] == "running":  # written at its start, and its streams have grown since
+            for stream in Stream:
+                row[f"{stream.filename}_bytes"] = (directory / stream.filename).stat().st_size
+    except (OSError, ValueError, KeyError):
+        return None
+    return row
+
+
+def _row_order(row: dict[str, Any]) -> tuple[float, str]:
+    vmr = str(row.get("vmr", ""))
+    try:
+        return float(vmr.partition("/")[0]), vmr
+    except ValueError:
+        return 0.0, vmr
