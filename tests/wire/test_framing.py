@@ -52,7 +52,7 @@ def joined(items: list[Item]) -> list[reader.Found]:
     for item in items:
         found = item.length if isinstance(item, Garbage) else item
         if isinstance(found, int) and out and isinstance(out[-1], int):
-            found += out.pop()
+            found += int(out.pop())
         out.append(found)
     return out
 

@@ -40,7 +40,8 @@ def tables(text: str) -> list[list[list[str]]]:
 
 def chapter(number: int) -> str:
     """A numbered section."""
-    return re.findall(rf"^## {number}\. .*?(?=^## |\Z)", PAGE, re.M | re.S)[0]
+    (text,) = re.findall(rf"^## {number}\. .*?(?=^## |\Z)", PAGE, re.M | re.S)
+    return str(text)
 
 
 def sections() -> list[Section]:

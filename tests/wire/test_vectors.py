@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmr_agent.wire import framing, messages
+from vmr_agent.wire import framing, messages, session
 
 from tests.wire.vectors import make, reader
 
@@ -163,6 +163,43 @@ def test_conversation_is_told_in_turns() -> None:
     assert turns == list(range(len(turns)))
     for name in BOTH:
         assert len(VECTORS[name]["turns"]) == len(VECTORS[name]["events"])
+
+
+@pytest.mark.parametrize("role", session.Role)
+def test_a_session_holds_the_conversation(role: session.Role) -> None:
+    """Our session in the place of one side: it takes all the other says, and numbers its own frames alike."""
+    turns: dict[int, tuple[str, Any]] = {}
+    for name in BOTH:
+        side = VECTORS[name]["from"]
+        payloads = reader.frames((HERE / name).read_bytes())
+        turns.update(zip(VECTORS[name]["turns"], ((side, payload) for payload in payloads)))
+    ids = iter((make.GUEST, make.GUEST2) if role is session.Role.GUEST else (make.HOST,))
+    end = session.Session(
+        role,
+        introduce=lambda mine, peer: messages.Hello(mine, peer, role.value, 1, "", 0),
+        beat=lambda: messages.Heartbeat(0),
+        make_id=lambda: next(ids),
+    )
+    end.connect(0)
+    opened, hellos = 0, list[Any]()
+    for turn, (side, payload) in sorted(turns.items()):
+        envelope: Any = messages.unpack(payload)
+        if side != role.value:
+            events = end.receive(framing.encode(payload), turn / 100)
+            opened += sum(isinstance(item, session.Opened) for item in events)
+            if not isinstance(envelope.message, messages.Hello):
+                assert events == [envelope.message]
+        elif isinstance(envelope.message, messages.Hello):
+            if envelope.message.id == make.GUEST2:
+                end.renew(turn / 100, "as in the vector")
+            hellos += [
+                messages.unpack(item).message for item in map(bytes, reader.frames(b"".join(end.take())))
+            ]
+            hello = hellos.pop(0)
+            assert (hello.id, hello.peer) == (envelope.message.id, envelope.message.peer)
+        else:
+            assert framing.Decoder().feed(end.frame(envelope.message)) == [messages.pack(**vars(envelope))]
+    assert (opened, hellos, end.take(), end.counts) == (2, [], [], {})
 
 
 def test_every_file_is_told() -> None:

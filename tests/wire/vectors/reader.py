@@ -65,6 +65,7 @@ class Reader:
             return code
         if code >= 0xE0:
             return code - 256
+        make: Any
         for first, last, make in ((0x80, 0x8F, self.map), (0x90, 0x9F, self.array), (0xA0, 0xBF, self.text)):
             if first <= code <= last:
                 return make(code - first)
