@@ -175,6 +175,39 @@ def test_a_killed_shim_makes_the_run_lost_with_all_it_had_captured(rig: Rig) -> 
     assert result(run).ended_ns >= result(run).started_ns
 
 
+def test_a_shim_that_failed_by_itself_leaves_its_last_word(rig: Rig) -> None:
+    rig.stage(WAITS.format(rig.base))
+    run = rig.start()
+    eventually(lambda: run.lengths().stdout == 7)
+    (run.path / "exit.json.new").unlink()  # somebody cleans up where he shouldn't
+    (rig.base / "go").touch()
+    rig.wait(run, RunState.CLOSED)
+    assert result(run).ending is Ending.LOST
+    assert result(run).text.startswith("its shim failed: FileNotFoundError")
+    assert everything(run, Stream.STDOUT) == b"before\nafter\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system: needs root")
+def test_a_run_can_be_lost_on_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True)
+    rig = Rig(tmp_path, state=disk / "state")
+    try:
+        rig.stage("#!/bin/sh\necho before; exec sleep 60\n")
+        run = rig.start()
+        eventually(lambda: run.lengths().stdout == 7)
+        with (disk / "ballast").open("wb", buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+        kill_both(run)
+        assert rig.runner.judge(run) is RunState.CLOSED
+        assert (result(run).ending, run.closed()) == (Ending.LOST, (7, 0))
+    finally:
+        rig.close()
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def test_a_lost_run_is_as_long_as_what_the_host_has_of_it(rig: Rig) -> None:
     """After a power cut the host may hold bytes that the spool has no more."""
     rig.stage("#!/bin/sh\necho before; exec sleep 60\n")

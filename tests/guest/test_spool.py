@@ -363,16 +363,22 @@ def test_bytes_the_index_does_not_know_have_the_files_time(spool: Spool) -> None
     assert run.marks(Stream.STDOUT, 0, 6) == [(2, 7), (4, 100)]
 
 
-def test_marks_in_any_order_agree_with_the_whole(spool: Spool) -> None:
+@pytest.mark.parametrize("stretch", [2, 400])
+def test_marks_in_any_order_agree_with_the_whole(spool: Spool, stretch: int) -> None:
     """However it is cut, a range's marks are the whole's: the cursor is only a shortcut."""
     chance = random.Random(3)
     run = create(spool)
     times: dict[Stream, list[int]] = {Stream.STDOUT: [], Stream.STDERR: []}
-    for wall_ns in range(1, 1000):
-        stream, length = chance.choice(list(Stream)), chance.randrange(1, 9)
+    stream = Stream.STDOUT
+    for wall_ns in range(1, 2000):
+        length = chance.randrange(1, 9)
+        if chance.randrange(stretch) == 0:
+            stream = Stream.STDERR if stream is Stream.STDOUT else Stream.STDOUT
         write(run, stream, b"x" * length, wall_ns=wall_ns)
         times[stream] += [wall_ns] * length
     for _ in range(500):
+        if chance.random() < 0.3:
+            run.close_fds()  # forgets the cursor too: found by bisection
         stream = chance.choice(list(Stream))
         offset = chance.randrange(len(times[stream]))
         size = chance.randrange(1, 200)

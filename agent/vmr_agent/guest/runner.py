@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable, Optional
 
+from vmr_agent.errors import show
 from vmr_agent.guest import forkserver, processes
 from vmr_agent.guest.spool import Lengths, Run, Spool
 from vmr_agent.runs import RunState, Trigger
@@ -170,7 +171,7 @@ class Runner:
         # The lock is asked first: whoever let go of it has written all that he had to say before.
         held = run.locked()
         if not held and run.result() is None:
-            run.recover()
+            self._written(run, run.recover)
         result, started = run.result(), run.started()
         if started is not None or result is not None:
             self._ordered.pop(run.info.run, None)
@@ -179,9 +180,8 @@ class Runner:
         if result is not None:
             if run.closed() is not None:
                 return RunState.CLOSED
-            if held:
+            if held or not self._written(run, lambda: run.write_closed(self._why(run, result.boot_id))):
                 return RunState.EXITED
-            run.write_closed(self._why(run, result.boot_id))
             return RunState.CLOSED
         if held:
             return RunState.STARTED if started is not None else RunState.NONE
@@ -192,13 +192,20 @@ class Runner:
         if not processes.gone(started, boot_id=self._boot_id):
             return RunState.STARTED
         spooled = run.lengths()
-        run.write_lost(
-            self._why(run, started.boot_id),
-            stdout=max(spooled.stdout, acked.stdout),
-            stderr=max(spooled.stderr, acked.stderr),
-            asks_reboot=os.path.lexists(self._directory(run.info.vmr) + b"/reboot"),
-        )
-        return RunState.CLOSED
+        stdout, stderr = max(spooled.stdout, acked.stdout), max(spooled.stderr, acked.stderr)
+        why = self._why(run, started.boot_id)
+        asks = os.path.lexists(self._directory(run.info.vmr) + b"/reboot")
+        lost = self._written(run, lambda: run.write_lost(why, stdout=stdout, stderr=stderr, asks_reboot=asks))
+        return RunState.CLOSED if lost else RunState.STARTED
+
+    def _written(self, run: Run, write: Callable[[], object]) -> bool:
+        """Write what judge() found out; where that fails (a full or failing disk) it is found out again."""
+        try:
+            write()
+        except OSError as error:
+            self._log(f"cannot record the end of {show(run.info.vmr)}: {error.strerror}")
+            return False
+        return True
 
     def _why(self, run: Run, boot_id: str) -> str:
         if boot_id != self._boot_id:

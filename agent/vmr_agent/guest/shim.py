@@ -247,9 +247,9 @@ class Shim:
     def _child(self, go: int, failed: int) -> None:
         code = errno.EIO
         try:
+            self._become_a_login()  # while the shim syncs
             if not os.read(go, 1):
                 os._exit(0)  # the shim died before this was durable: it must not run
-            self._become_a_login()
             code = self._exec()
         except OSError as error:
             code = error.errno or errno.EIO

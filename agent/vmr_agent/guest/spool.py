@@ -87,10 +87,15 @@ def _read_row(path: Path) -> Optional[dict[str, Any]]:
 
 
 def _write_durably(path: Path, row: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    # Cut after writing, not before: exit.json.new has its block since the run's start, for the time when none
+    # is to be had.
+    temporary = path.with_name(path.name + ".new")
+    data = json.dumps(row).encode() + b"\n"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, json.dumps(row).encode() + b"\n")
+        if os.write(fd, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(fd, len(data))
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -156,6 +161,7 @@ class Run:
         self.info = info
         self._fds: dict[Stream, int] = {}
         self._cursors: dict[Stream, int] = {}
+        self._punched: dict[Stream, int] = {}
         self._started: Optional[Started] = None
         self._exit: Optional[tuple[RunResult, bool]] = None
         self._closed: Optional[tuple[Lengths, str]] = None
@@ -313,11 +319,13 @@ class Run:
         The cursor is the place of the last record yielded, not the one behind it: the shim may lengthen the
         last record in place.
         """
-        place = self._cursors.get(stream, 0)
-        if place:
+        place = self._cursors.get(stream, -1)
+        if place >= 0:
             found = os.pread(fd, RECORD.size, place)
             if len(found) < RECORD.size or RECORD.unpack(found)[0] > offset:
-                place = 0
+                place = -1
+        if place < 0:
+            place = self._seek(fd, stream, offset)
         while True:
             block = os.pread(fd, RECORD.size * _RECORDS_AT_ONCE, place)
             whole = len(block) - len(block) % RECORD.size
@@ -330,6 +338,23 @@ class Run:
             if whole < RECORD.size * _RECORDS_AT_ONCE:
                 return
             place += whole
+
+    @staticmethod
+    def _seek(fd: int, stream: Stream, offset: int) -> int:
+        """A place in the index at or before the record that holds `offset`, and near it."""
+        low, high = 0, os.fstat(fd).st_size // RECORD.size
+        while high - low > _RECORDS_AT_ONCE:
+            middle = (low + high) // 2
+            block = os.pread(fd, RECORD.size * _RECORDS_AT_ONCE, middle * RECORD.size)
+            found = RECORD.iter_unpack(block[: len(block) - len(block) % RECORD.size])
+            start = next((start for start, _, _, number in found if number == stream), None)
+            if start is None:
+                break  # a stretch of the other stream: from here on it is read through
+            if start > offset:
+                high = middle
+            else:
+                low = middle
+        return low * RECORD.size
 
     def _file_time(self, stream: Stream) -> int:
         try:
@@ -449,8 +474,10 @@ class Run:
         try:
             for stream in Stream:
                 with contextlib.suppress(FileNotFoundError):
-                    length = os.fstat(self.fd(stream)).st_size
-                    _punch(self.path / stream.filename, min(acked.of(stream), length - KEPT_TAIL))
+                    upto = min(acked.of(stream), os.fstat(self.fd(stream)).st_size - KEPT_TAIL)
+                    if upto - self._punched.get(stream, 0) >= _PUNCH_UNIT:
+                        _punch(self.path / stream.filename, upto)
+                        self._punched[stream] = upto
             if whole:
                 with contextlib.suppress(FileNotFoundError):
                     _punch(self.path / "index", (self.path / "index").stat().st_size - _PUNCH_UNIT)
@@ -737,7 +764,7 @@ class Spool(History):
             (self.path / "open" / info.run.hex()).symlink_to(target)
 
     def _unlink(self, run: RunId) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # where it can't be removed it is harmless, as after a power cut
             (self.path / "open" / run.hex()).unlink()
 
     def _repair_open(self) -> dict[RunId, Run]:
@@ -816,7 +843,8 @@ class Spool(History):
             final = run.closed() if run is not None else None
             if run is not None and final is not None:
                 before = run.usage()
-                run.prune(final, whole=True)
+                with contextlib.suppress(OSError):
+                    run.prune(final, whole=True)
                 freed = before - run.usage()
                 self._settled -= freed
                 excess -= freed
@@ -826,5 +854,6 @@ class Spool(History):
                 break
             if run.info.run in acked:
                 before = run.usage()
-                run.prune(acked[run.info.run], whole=False)
+                with contextlib.suppress(OSError):
+                    run.prune(acked[run.info.run], whole=False)
                 excess -= before - run.usage()
