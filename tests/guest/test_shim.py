@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pwd
 import random
 import subprocess
 import sys
@@ -216,7 +217,7 @@ def test_the_environment_is_exactly_a_clean_one(rig: Rig) -> None:
     assert env == {
         b"PATH": b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         b"LANG": os.environ.get("LANG", "C.UTF-8").encode(),
-        b"HOME": os.path.expanduser("~").encode(),
+        b"HOME": pwd.getpwuid(os.geteuid()).pw_dir.encode(),
         b"VMR_NAME": vmr,
         b"VMR_START_TIME": b"10.5",
         b"VMR_ATTEMPT": b"1",
