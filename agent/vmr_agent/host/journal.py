@@ -6,12 +6,13 @@ It must not know: what a record makes anybody do.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Optional, Union
+from typing import Callable, Optional, Union
 
 from vmr_agent.errors import Problem
 from vmr_agent.runs import path_segment
@@ -130,18 +131,23 @@ def open_read(directory: int, name: str) -> int:
     return os.open(name, os.O_RDONLY | NO_LINK, dir_fd=directory)
 
 
-def replace_file(directory: int, name: str, content: bytes, *, sync: bool = False) -> None:
-    """Temporary file and rename, in one place."""
-    temporary = f"{name}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_LINK
-    fd = os.open(temporary, flags, 0o644, dir_fd=directory)
+def replace_file(directory: int, name: str, content: bytes) -> None:
+    write_temporary(directory, name, content, sync=False)
+    commit_temporary(directory, name)
+
+
+def write_temporary(directory: int, name: str, content: bytes, *, sync: bool) -> None:
+    fd = os.open(f"{name}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_LINK, 0o644, dir_fd=directory)
     try:
         write_all(fd, content)
         if sync:
             os.fdatasync(fd)
     finally:
         os.close(fd)
-    os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def commit_temporary(directory: int, name: str) -> None:
+    os.rename(f"{name}.tmp", name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def write_all(fd: int, data: Union[bytes, bytearray, memoryview], offset: Optional[int] = None) -> None:
@@ -151,3 +157,21 @@ def write_all(fd: int, data: Union[bytes, bytearray, memoryview], offset: Option
         rest = rest[written:]
         if offset is not None:
             offset += written
+
+
+SYNCFS_FROM = 16
+"""From so many files on one ``syncfs`` is cheaper than a sync each."""
+
+
+def find_syncfs() -> Optional[Callable[[int], None]]:
+    """``syncfs``, where it says when writing back failed: since Linux 5.8."""
+    release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+    function = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if function is None or release < (5, 8):
+        return None
+
+    def syncfs(fd: int) -> None:
+        if function(fd) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    return syncfs

@@ -12,7 +12,6 @@ It must not know: sockets, sessions, log lines, when to sync.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -25,8 +24,10 @@ from vmr_agent.errors import Problem
 from vmr_agent.host.held import pack
 from vmr_agent.host.journal import (
     NO_LINK,
+    SYNCFS_FROM,
     TIME,
     Kind,
+    find_syncfs,
     lives,
     read_life,
     rendered_life,
@@ -38,8 +39,6 @@ from vmr_agent.runs import Stream
 from vmr_agent.wire import messages
 
 _LOCK_TRIES = 10  # 0.1 s each: a collector that was told to end needs a moment
-SYNCFS_FROM = 16
-"""So many files in one sweep make one ``syncfs`` cheaper than a sync each."""
 _SYNCFS_SLOW = 1.0
 """Seconds after which ``syncfs`` is given up: it also writes what others left, such as images of disks."""
 
@@ -324,13 +323,10 @@ class LogStore:
 
 
 class Syncer:
-    """Works on the syncs of many VMs at once; one per collector, used by one thread at a time."""
+    """Does the syncs of many VMs at once; one per collector, used by one thread at a time."""
 
     def __init__(self) -> None:
-        # Before Linux 5.8 syncfs does not report that writing back failed.
-        release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._syncfs: Any = getattr(libc, "syncfs", None) if release >= (5, 8) else None
+        self._syncfs = find_syncfs()
 
     def sync(self, syncs: Sequence[Sync]) -> None:
         if self._syncfs is None or sum(map(len, syncs)) < SYNCFS_FROM:
@@ -342,10 +338,11 @@ class Syncer:
         for sync in syncs:
             by_device.setdefault(os.fstat(sync.life).st_dev, []).append(sync)
         for group in by_device.values():
-            if self._syncfs(group[0].life) != 0:
-                code = ctypes.get_errno()
+            try:
+                self._syncfs(group[0].life)
+            except OSError as error:
                 for sync in group:
-                    sync.error = OSError(code, os.strerror(code))
+                    sync.error = error
         if time.monotonic() - begun > _SYNCFS_SLOW:
             self._syncfs = None
 
