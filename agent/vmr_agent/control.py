@@ -11,15 +11,18 @@ import json
 import os
 import socket
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Optional
 
 from vmr_agent.errors import Problem
 
 SOCKET = "control"
 _MAX_LINE = 64 * 1024
 MAX_CLIENTS = 64
-_MAX_UNREAD = 1 << 20  # bytes a client may leave unread before it is let go: a stopped shell must cost nothing
+_MAX_UNREAD = (
+    1 << 20
+)  # bytes a client may leave unread before it is let go: a stopped shell must cost nothing
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -81,7 +84,9 @@ class Client:
             except (ValueError, RecursionError):
                 request = None
             if not isinstance(request, dict) or not isinstance(request.get("verb"), str):
-                self.say({"ok": False, "error": 'cannot read the request: one JSON object a line, with a "verb"'})
+                self.say(
+                    {"ok": False, "error": 'cannot read the request: one JSON object a line, with a "verb"'}
+                )
                 continue
             requests.append(request)
         return requests
@@ -114,7 +119,9 @@ class Daemon:
         except OSError as error:
             self._sock.close()
             if error.errno in (errno.EACCES, errno.EPERM):
-                raise Problem(f"cannot ask the {program} at {path}: permission denied", hint="try as root") from None
+                raise Problem(
+                    f"cannot ask the {program} at {path}: permission denied", hint="try as root"
+                ) from None
             raise Problem(f"cannot reach the {program} at {path}: it isn't running", hint=hint) from None
         self._in = b""
 

@@ -9,8 +9,9 @@ import datetime
 import enum
 import hashlib
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping, Optional
+from typing import Any, Optional
 
 RunId = bytes
 """16 random bytes, made with the run's directory; names the run on the wire and for ever."""

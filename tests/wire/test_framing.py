@@ -10,10 +10,10 @@ from typing import Any, Union
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from vmr_agent.wire import framing
-from vmr_agent.wire.framing import MAX_FRAME, MAX_PAYLOAD, Decoder, Garbage, encode
 
 from tests.wire.vectors import reader
+from vmr_agent.wire import framing
+from vmr_agent.wire.framing import MAX_FRAME, MAX_PAYLOAD, Decoder, Garbage, encode
 
 Item = Union[bytes, Garbage]
 LOGIN = b"\r\nDebian GNU/Linux 12 vm hvc0\r\n\r\nvm login: "

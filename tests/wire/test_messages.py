@@ -11,6 +11,8 @@ from typing import Any, Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.wire.vectors import make, reader
 from vmr_agent.wire import framing, messages
 from vmr_agent.wire.messages import (
     FIELDS,
@@ -35,8 +37,6 @@ from vmr_agent.wire.messages import (
     pack,
     unpack,
 )
-
-from tests.wire.vectors import make, reader
 
 TO = b"receiver"
 RUN = bytes(range(16))

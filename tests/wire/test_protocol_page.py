@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 from vmr_agent import runs
 from vmr_agent.wire import framing, messages, session
 

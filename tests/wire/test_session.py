@@ -155,7 +155,7 @@ def test_a_host_cut_off_at_any_byte_finds_back_and_nothing_is_taken_twice() -> N
 
 
 def test_a_new_host_ends_the_guests_session_and_opens_another() -> None:
-    guest, old = pair()
+    guest, _ = pair()
     new = End(Role.HOST)
     new.do(lambda session: session.connect(1))
     new.session.id = b"another1"
@@ -320,3 +320,12 @@ def test_whatever_the_channel_does_sessions_are_whole_or_over(steps: list[tuple[
         numbers = [event.attempt for event in end.events if isinstance(event, Vmr)]
         assert len(set(numbers)) == len(numbers), "nothing is taken twice"
         assert numbers == sorted(numbers), "nothing is out of order"
+
+
+def test_a_buffer_of_false_beginnings_is_given_up_at_once_not_one_each_two_seconds() -> None:
+    guest, host = pair()
+    false_head = bytes.fromhex("c900007ff0") + b"VMR1" + bytes(4)
+    guest.do(lambda session: session.receive(false_head * 100, 1))
+    guest.do(lambda session: session.tick(1 + HALF_FRAME))
+    settle(guest, host, 1 + HALF_FRAME)
+    assert guest.session.open and host.session.open

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmr_agent.wire import framing, messages, session
 
 from tests.wire.vectors import make, reader
+from vmr_agent.wire import framing, messages, session
 
 HERE = Path(__file__).parent / "vectors"
 VECTORS: dict[str, Any] = json.loads((HERE / "vectors.json").read_text())

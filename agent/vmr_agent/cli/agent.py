@@ -46,14 +46,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _parser() -> arguments.Parser:
-    top = arguments.parser(PROGRAM, "Runs FIREWHEEL's VM resources (VMRs) in this VM and ships what they print.", _EXAMPLE)
+    top = arguments.parser(
+        PROGRAM, "Runs FIREWHEEL's VM resources (VMRs) in this VM and ships what they print.", _EXAMPLE
+    )
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
 
     def verb(name: str, act: Any, summary: str, example: str = "") -> argparse.ArgumentParser:
         text = f"example:\n  {example}\n" if example else None
         added = verbs.add_parser(
-            name, help=summary, description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=summary,
+            epilog=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(act=act)
         added.add_argument("--config", metavar="FILE", help="instead of /etc/vmr-agent.conf")
@@ -66,17 +72,28 @@ def _parser() -> arguments.Parser:
         added.add_argument("vmr", metavar="VMR", nargs="?", type=arguments.name, help="as in -4/compress.py")
 
     verb("run", _run, "Be the daemon: watch, execute, ship.", "vmr-agent run --port unix:/tmp/port")
-    rerun = verb("rerun", _rerun, "Run a VMR again in place, streaming its output.", "vmr-agent rerun -4/compress.py")
+    rerun = verb(
+        "rerun", _rerun, "Run a VMR again in place, streaming its output.", "vmr-agent rerun -4/compress.py"
+    )
     vmr(rerun)
     rerun.add_argument("--detach", action="store_true", help="start it and return at once")
     status = verb("status", _status, "Show every VMR and what became of it.", "vmr-agent status --json")
     status.add_argument("--json", action="store_true", help="one array, one object a VMR")
-    logs = verb("logs", _logs, "Print what a VMR printed, byte for byte.", "vmr-agent logs -4/compress.py --stream stderr")
+    logs = verb(
+        "logs",
+        _logs,
+        "Print what a VMR printed, byte for byte.",
+        "vmr-agent logs -4/compress.py --stream stderr",
+    )
     vmr(logs)
     logs.add_argument("--attempt", type=int, metavar="N", help="default: the latest")
-    logs.add_argument("--stream", choices=[each.filename for each in Stream], help="default: both, each to its own")
+    logs.add_argument(
+        "--stream", choices=[each.filename for each in Stream], help="default: both, each to its own"
+    )
     logs.add_argument("--follow", action="store_true", help="go on until the run's pipes are closed")
-    kill = verb("kill", _kill, "Signal a VMR's whole process tree.", "vmr-agent kill -4/compress.py --signal KILL")
+    kill = verb(
+        "kill", _kill, "Signal a VMR's whole process tree.", "vmr-agent kill -4/compress.py --signal KILL"
+    )
     vmr(kill)
     kill.add_argument("--signal", default="TERM", type=_signal, help="name or number; default: TERM")
     verb("start", _start, "Set time zero now: positive times count from here.")
@@ -95,7 +112,11 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _signal(text: str) -> signal.Signals:
     word = text.upper()
     try:
-        return signal.Signals(int(word)) if word.isdigit() else signal.Signals["SIG" + word.replace("SIG", "", 1)]
+        return (
+            signal.Signals(int(word))
+            if word.isdigit()
+            else signal.Signals["SIG" + word.replace("SIG", "", 1)]
+        )
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"there is no signal {text!r}") from None
 
@@ -118,13 +139,17 @@ def _rerun(args: argparse.Namespace, settings: Settings) -> int:
         if run is None:
             raise Problem(f"cannot read the run of {show(name)} in {began['path']}")
         if args.detach:
-            _remark(f"attempt {run.info.attempt} of {show(name)} is started; vmr-agent logs --follow {show(name)}")
+            _remark(
+                f"attempt {run.info.attempt} of {show(name)} is started; vmr-agent logs --follow {show(name)}"
+            )
             return 0
         _remark(f"attempt {run.info.attempt} of {show(name)}")
         try:
             result = _follow(run, list(Stream), daemon=daemon, until_closed=False)
         except KeyboardInterrupt:
-            _remark(f"stopped watching; {show(name)} goes on: vmr-agent logs --follow {show(name)}", always=True)
+            _remark(
+                f"stopped watching; {show(name)} goes on: vmr-agent logs --follow {show(name)}", always=True
+            )
             return 130
         assert result is not None
         return _exit_status(result)
@@ -146,7 +171,9 @@ def _status(args: argparse.Namespace, settings: Settings) -> int:
                 str(row["signal"] or ("" if row["exit_code"] is None else row["exit_code"])),
                 arguments.duration(row["duration_s"]),
                 arguments.size(row["stdout_bytes"] + row["stderr_bytes"]) if row["attempt"] else "",
-                row["delivered"] or row["waiting"] or (row["error"] or "" if row["state"] == "refused" else ""),
+                row["delivered"]
+                or row["waiting"]
+                or (row["error"] or "" if row["state"] == "refused" else ""),
             ]
         )
     print(arguments.table(rows, right=frozenset({1, 3, 4, 5})))
@@ -187,7 +214,9 @@ def _logs(args: argparse.Namespace, settings: Settings) -> int:
         runs = [run for run in runs if run.info.attempt == args.attempt]
     if not runs:
         which = f"attempt {args.attempt} of " if args.attempt is not None else "a run of "
-        raise Problem(f"cannot find {which}{show(name)} in {settings.state_dir}", hint="vmr-agent status lists VMRs")
+        raise Problem(
+            f"cannot find {which}{show(name)} in {settings.state_dir}", hint="vmr-agent status lists VMRs"
+        )
     streams = [each for each in Stream if args.stream in (None, each.filename)]
     if args.follow:
         _follow(runs[-1], streams, daemon=None, until_closed=True)
@@ -201,7 +230,9 @@ def _kill(args: argparse.Namespace, settings: Settings) -> int:
     with _daemon(settings) as daemon:
         killed = daemon.ask("kill", vmr=os.fsdecode(name), signal=int(args.signal))
     pids = killed["pids"]
-    print(f"{args.signal.name} sent to attempt {killed['attempt']} of {show(name)}: pid {', '.join(map(str, pids))}")
+    print(
+        f"{args.signal.name} sent to attempt {killed['attempt']} of {show(name)}: pid {', '.join(map(str, pids))}"
+    )
     return 0
 
 
@@ -255,13 +286,16 @@ def _name(text: Optional[str], settings: Settings) -> bytes:
     typed = os.fsencode(text) if text is not None else b"."
     path = os.path.realpath(os.path.join(os.getcwdb(), typed))
     inside = os.path.relpath(path, launch).split(b"/")
-    if inside[0] != b".." and len(inside) >= 2 and parse_start_time(inside[0]) is not None:
-        if text is None or len(inside) == 2:
-            return b"/".join(inside[:2])
+    is_vmr = len(inside) == 2 or (text is None and len(inside) > 2)
+    if is_vmr and inside[0] != b".." and parse_start_time(inside[0]) is not None:
+        return b"/".join(inside[:2])
     if text is None:
-        raise Problem("cannot tell which VMR is meant", hint="name one, as in -4/compress.py, or stand in its directory")
+        raise Problem(
+            "cannot tell which VMR is meant", hint="name one, as in -4/compress.py, or stand in its directory"
+        )
     raise Problem(
-        f"cannot tell which VMR {show(typed)} is", hint=f"a name is <start time>/<name>, a path is in {show(launch)}"
+        f"cannot tell which VMR {show(typed)} is",
+        hint=f"a name is <start time>/<name>, a path is in {show(launch)}",
     )
 
 
@@ -277,13 +311,13 @@ class _Reader:
 
     def __init__(self, run: Run, streams: Sequence[Stream]) -> None:
         self._run = run
-        self._offsets = {
-            stream: max(0, run.pruned(stream)) for stream in streams
-        }
+        self._offsets = {stream: max(0, run.pruned(stream)) for stream in streams}
         self._targets = {stream: int(stream) if len(streams) > 1 else 1 for stream in streams}
         for stream, offset in self._offsets.items():
             if offset:
-                _remark(f"the first {offset:,} bytes of {stream.filename} are only on the host now", always=True)
+                _remark(
+                    f"the first {offset:,} bytes of {stream.filename} are only on the host now", always=True
+                )
 
     def pass_on(self) -> None:
         for stream, target in self._targets.items():

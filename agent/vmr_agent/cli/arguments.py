@@ -39,7 +39,10 @@ class Parser(argparse.ArgumentParser):
 
 def parser(program: str, summary: str, example: str) -> Parser:
     return Parser(
-        prog=program, description=summary, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program,
+        description=summary,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 

@@ -52,12 +52,16 @@ def _parser() -> arguments.Parser:
     def verb(name: str, act: Any, summary: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=summary, description=summary)
         added.set_defaults(act=act)
-        added.add_argument("--control", type=Path, default=_default_control(), metavar="PATH", help="the collector's socket")
+        added.add_argument(
+            "--control", type=Path, default=_default_control(), metavar="PATH", help="the collector's socket"
+        )
         return added
 
     collect = verb("collect", _collect, "Be the collector: take frames from VMs and write their logs.")
     collect.add_argument("sources", nargs="*", metavar="VM=SOCKET", help="a VM and its chardev's socket")
-    collect.add_argument("--log-dir", type=Path, required=True, metavar="DIR", help="where logs and raw output go")
+    collect.add_argument(
+        "--log-dir", type=Path, required=True, metavar="DIR", help="where logs and raw output go"
+    )
     collect.add_argument(
         "--listen", action="append", default=[], metavar="VM=PATH", help="listen for a VM whose side connects"
     )
@@ -65,13 +69,19 @@ def _parser() -> arguments.Parser:
         "--expect", type=int, metavar="N", help="start the experiment by itself when N VMs are configured"
     )
     collect.add_argument(
-        "--start-buffer", type=float, default=60.0, metavar="S", help="seconds from then to time zero; default: 60"
+        "--start-buffer",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds from then to time zero; default: 60",
     )
     mix = verb("mix", _mix, "Show every VM and how its VMRs stand.")
     mix.add_argument("--json", action="store_true", help="one array, one object a VM")
     start = verb("start", _start, "Set time zero, for all VMs or one.")
     start.add_argument("vm", nargs="?", metavar="VM")
-    start.add_argument("--in", dest="delay", type=float, default=0.0, metavar="S", help="so many seconds from now")
+    start.add_argument(
+        "--in", dest="delay", type=float, default=0.0, metavar="S", help="so many seconds from now"
+    )
     rerun = verb("rerun", _rerun, "Start a VMR of a VM again in place.")
     rerun.add_argument("vm", metavar="VM")
     rerun.add_argument("vmr", metavar="VMR", type=arguments.name)

@@ -85,7 +85,11 @@ class Daemon:
         self._kicks = _kick_socket(self._runtime / "kick")
         # The fork server comes before any thread and before the port: what it has, every run would inherit.
         self._runner = Runner(
-            self._spool, kick_path=self._runtime / "kick", launch_dir=settings.launch_dir, log=log, boot_id=self._boot_id
+            self._spool,
+            kick_path=self._runtime / "kick",
+            launch_dir=settings.launch_dir,
+            log=log,
+            boot_id=self._boot_id,
         )
         self._roster = Roster(self._spool, self._boot_id)
         self._shipper = Shipper(self._launch)
@@ -163,7 +167,12 @@ class Daemon:
     def _timeout(self) -> float:
         if self._undecided or (self._port.state is PortState.UP and self._outbox and not self._blocked):
             return 0.0
-        due: list[Optional[float]] = [self._next_idle, self._port.next_try(), self._session.next_tick(), self._watcher.next_due()]
+        due: list[Optional[float]] = [
+            self._next_idle,
+            self._port.next_try(),
+            self._session.next_tick(),
+            self._watcher.next_due(),
+        ]
         due += [self._wake, self._next_retry]
         if self._blocked:
             due.append(boottime() + _ROOM)
@@ -549,7 +558,7 @@ class Daemon:
                 raise Problem(f"cannot do {request.verb!r}: this vmr-agent doesn't know it")
         except Problem as problem:
             ok, error = False, str(problem)
-        self._shipper.send(messages.Reply(request=request.request, ok=ok, error=error[:4096], result=result))
+        self._shipper.send(messages.Reply(request=request.request, ok=ok, error=messages.text(error), result=result))
 
     def _send_rows(self) -> None:
         changed, self._changed_rows = self._changed_rows, set()
@@ -567,7 +576,9 @@ class Daemon:
         attempt = entry.latest.info.attempt if entry.latest else 0
         if self._rows_sent.get(entry.name) != (state, attempt):
             self._rows_sent[entry.name] = (state, attempt)
-            self._shipper.send(messages.Vmr(vmr=entry.name, state=state, attempt=attempt, reason=reason[:1024]))
+            self._shipper.send(
+                messages.Vmr(vmr=entry.name, state=state, attempt=attempt, reason=messages.text(reason))
+            )
 
     def _pump(self, now: float) -> None:
         """Write what there is to write, until the port takes no more."""
@@ -636,7 +647,9 @@ class Daemon:
         verb = verbs.get(request["verb"])
         try:
             if verb is None:
-                raise Problem(f"cannot do {request['verb']!r}: unknown verb", hint="verbs: " + ", ".join(verbs))
+                raise Problem(
+                    f"cannot do {request['verb']!r}: unknown verb", hint="verbs: " + ", ".join(verbs)
+                )
             return {"ok": True, **verb(client, request)}
         except Problem as problem:
             return {"ok": False, "error": problem.args[0], "hint": problem.hint}
@@ -646,7 +659,11 @@ class Daemon:
     def _verb_rerun(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
         run = self._rerun(_name(request), Trigger.RERUN, _request_id(request))
         client.watching = run.info.run
-        return {"run": run.info.run.hex(), "attempt": run.info.attempt, "path": os.fspath(run.path.absolute())}
+        return {
+            "run": run.info.run.hex(),
+            "attempt": run.info.attempt,
+            "path": os.fspath(run.path.absolute()),
+        }
 
     def _verb_status(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
         now = boottime()
@@ -693,7 +710,9 @@ class Daemon:
     def _verb_kill(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
         entry = self._known(_name(request))
         running = [run for run in entry.unfinished.values() if run.result() is None]
-        open_ones = [run for run in self._live.values() if run.info.vmr == entry.name and run.closed() is None]
+        open_ones = [
+            run for run in self._live.values() if run.info.vmr == entry.name and run.closed() is None
+        ]
         for run in running or open_ones:
             pids = processes.kill(run, int(request.get("signal", signal.SIGTERM)))
             return {"attempt": run.info.attempt, "pids": pids}
@@ -842,7 +861,9 @@ def _kick_socket(path: Path) -> socket.socket:
     try:
         sock.bind(os.fspath(path))
     except OSError as error:
-        raise Problem(f"cannot listen at {path}: {error}", hint="--runtime-dir names another directory") from None
+        raise Problem(
+            f"cannot listen at {path}: {error}", hint="--runtime-dir names another directory"
+        ) from None
     finally:
         os.umask(old)
     return sock

@@ -10,9 +10,10 @@ import configparser
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Optional
 
 from vmr_agent.errors import Problem
 
@@ -163,7 +164,9 @@ def _read(path: Path, *, must_exist: bool) -> Mapping[str, str]:
         raise Problem(f"cannot read {path}: {sentence}") from None
     for section in parser.sections():
         if section != "vmr-agent":
-            raise Problem(f"cannot use {path}: unknown section [{section}]", hint="the section is [vmr-agent]")
+            raise Problem(
+                f"cannot use {path}: unknown section [{section}]", hint="the section is [vmr-agent]"
+            )
     if not parser.has_section("vmr-agent"):
         return {}
     found = dict(parser["vmr-agent"])

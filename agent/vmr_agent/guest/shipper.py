@@ -189,7 +189,7 @@ class Shipper:
                         run=run.info.run,
                         ending=result.ending.value,
                         value=result.value,
-                        text=result.text,
+                        text=messages.text(result.text),
                         started=result.started_ns,
                         ended=result.ended_ns,
                         started_boottime=result.started_boottime_ns,
@@ -214,7 +214,7 @@ class Shipper:
                         run=run.info.run,
                         stdout=delivery.sent[Stream.STDOUT],
                         stderr=delivery.sent[Stream.STDERR],
-                        reason=run.close_reason(),
+                        reason=messages.text(run.close_reason()),
                     )
                 )
         return None
@@ -265,9 +265,7 @@ class Shipper:
             )
         return None
 
-    def _gap(
-        self, delivery: _Delivery, counted: dict[Stream, int], session: Session
-    ) -> Optional[bytes]:
+    def _gap(self, delivery: _Delivery, counted: dict[Stream, int], session: Session) -> Optional[bytes]:
         """Bytes that were counted and are not in the spool: a power cut took them."""
         lengths = delivery.run.lengths()
         for stream, spooled in ((Stream.STDOUT, lengths.stdout), (Stream.STDERR, lengths.stderr)):
@@ -298,7 +296,9 @@ class Shipper:
             end = held[stream]
             if end > spooled[stream]:
                 if not over:
-                    raise Diverged(f"the host holds {end:,} bytes of a {stream.filename} of {spooled[stream]:,}")
+                    raise Diverged(
+                        f"the host holds {end:,} bytes of a {stream.filename} of {spooled[stream]:,}"
+                    )
                 continue
             start = end - min(size, TAIL)
             if start < delivery.run.pruned(stream):

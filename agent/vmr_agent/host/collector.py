@@ -1,7 +1,7 @@
 """What lives here: the host's loop: chardev → session → log store → ack, for every VM in one process.
 
 It must not know: how logs look (the renderer's), how files are laid out (the log store's). Guests are not trusted:
-whatever one sends, the others go on.
+whatever one sends, the others go on. A little over 400 lines: one loop and the conversations in it, hard to follow apart.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import vmr_agent
 from vmr_agent import control
 from vmr_agent.errors import Problem, show
 from vmr_agent.host.chardev import Chardev
-from vmr_agent.host.logstore import BadGuest, Diverged, LogStore
+from vmr_agent.host.logstore import BadGuest, Diverged, LogStore, StoreFailed, Syncer
 from vmr_agent.host.renderer import RendererProcess
 from vmr_agent.wire import messages
 from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
@@ -57,18 +57,23 @@ class Guest:
         self.hello: Optional[messages.Hello] = None
         self.configured = False
         self.rows: dict[bytes, messages.Vmr] = {}
+        self.runs: dict[bytes, bytes] = {}
         self.health: Mapping[str, Any] = {}
         self._collector = collector
-        self._session = Session(
-            Role.HOST, introduce=_introduce, beat=_beat, make_id=lambda: os.urandom(8)
-        )
+        self._session = Session(Role.HOST, introduce=_introduce, beat=_beat, make_id=lambda: os.urandom(8))
         self.chardev = Chardev(
-            source.path, listen=source.listen, opened=self._opened, received=self._received, closed=self._closed
+            source.path,
+            listen=source.listen,
+            opened=self._opened,
+            received=self._received,
+            closed=self._closed,
         )
         self._first_round: Optional[dict[bytes, messages.Vmr]] = None
         self._waiting: dict[bytes, Callable[[messages.Reply], None]] = {}
         self._held_lines: dict[tuple[bytes, int], float] = {}
+        self._line_timer: Optional[asyncio.TimerHandle] = None
         self._strange_since: Optional[float] = None
+        self._failure = ""
 
     @property
     def online(self) -> bool:
@@ -87,7 +92,9 @@ class Guest:
         self.chardev.write(self._session.frame(message))
         return True
 
-    def request(self, verb: str, args: Mapping[str, messages.Scalar], answer: Callable[[messages.Reply], None]) -> bool:
+    def request(
+        self, verb: str, args: Mapping[str, messages.Scalar], answer: Callable[[messages.Reply], None]
+    ) -> bool:
         """Ask the guest for something; ``answer`` is called with its reply. False when there is no session."""
         request = os.urandom(16)
         if not self.send(messages.Request(request=request, verb=verb, args=args)):
@@ -106,12 +113,6 @@ class Guest:
         due = self._session.next_tick()
         if due is not None and now >= due:
             self._act(self._session.tick(now))
-        if self._held_lines and self._session.open:
-            for (run, stream), since in list(self._held_lines.items()):
-                if now - since >= HELD_LINE:
-                    del self._held_lines[run, stream]
-                    self.store.flush_line(run, stream)
-                    self._collector.want_sweep()
         if self._strange_since is not None and now - self._strange_since > STRANGER:
             self._strange_since = None
             garbage = self._session.counts["garbage"]
@@ -141,12 +142,17 @@ class Guest:
                 say(f"{self.vm}: sends what can't be: {error}; beginning anew")
                 self.chardev.drop("a bad guest")
                 return
-            except OSError as error:
-                # What couldn't be stored isn't acknowledged, and comes again in the next session.
-                say(f"{self.vm}: cannot store: {error.strerror or error}; trying again")
-                self.chardev.drop("the log directory can't be written")
+            except StoreFailed as failed:
+                self.store_failed(failed)
                 return
         self._write()
+
+    def store_failed(self, failed: StoreFailed) -> None:
+        """What couldn't be stored isn't acknowledged, and comes again in the next session, a second from now."""
+        if str(failed) != self._failure:
+            self._failure = str(failed)
+            say(f"{failed}; nothing is acknowledged, trying again")
+        self.chardev.drop("the log directory can't be written")
 
     def _write(self) -> None:
         for frame in self._session.take():
@@ -158,6 +164,7 @@ class Guest:
             self._hold_line(event)
             self._collector.want_sweep(self.store.unsynced_bytes() >= SWEEP_BYTES)
         elif isinstance(event, messages.Run):
+            self.runs[event.vmr] = event.run
             try:
                 self.send(self.store.run(event))
             except Diverged as diverged:
@@ -192,18 +199,22 @@ class Guest:
         if hello.spool is None:
             raise BadGuest("a Hello without a spool")
         self.hello, self._strange_since = hello, None
-        try:
-            new_life = self.store.life(hello, time.time_ns())
-        except Diverged as diverged:
-            self._diverged(str(diverged))
+        before = self.store.last_hello
+        same = before is not None and (before.spool, before.boot) == (hello.spool, hello.boot)
+        if same and before is not None and (hello.boottime or 0) < (before.boottime or 0):
+            self._diverged("its time since boot is less than it was")
             return
+        new_life = self.store.life(hello, time.time_ns())
+        self._failure = ""
         say(f"{self.vm}: session open with {show(hello.hostname or b'?')} ({hello.version})")
         if new_life:
             say(f"{self.vm}: a new life of this VM begins; the earlier one is kept")
         self._first_round = {}
+        self.runs.clear()
         now = time.monotonic()
         for run, stream in self.store.unfinished_lines():
             self._held_lines[run, stream] = now
+        self._time_lines()
         self._collector.want_sweep()
         self._learn(hello.configured, hello.since_zero, hello.zero_by)
 
@@ -221,7 +232,7 @@ class Guest:
             self.rows.pop(row.vmr, None)
         else:
             self.rows[row.vmr] = row
-        if len(self.rows) > MAX_ROWS or len(self._first_round or ()) > MAX_ROWS:
+        if len(self.rows) > MAX_ROWS or len(self.runs) > MAX_ROWS or len(self._first_round or ()) > MAX_ROWS:
             raise BadGuest(f"more than {MAX_ROWS:,} VMRs")
 
     def _hold_line(self, output: messages.Output) -> None:
@@ -230,10 +241,30 @@ class Guest:
             self._held_lines.pop(key, None)
         else:
             self._held_lines[key] = time.monotonic()
+            self._time_lines()
+
+    def _time_lines(self) -> None:
+        if self._line_timer is None and self._held_lines:
+            due = min(self._held_lines.values()) + HELD_LINE - time.monotonic()
+            self._line_timer = asyncio.get_running_loop().call_later(max(due, 0.05), self._show_lines)
+
+    def _show_lines(self) -> None:
+        """Lines whose end hasn't come for a second are shown as they are: a prompt has none."""
+        self._line_timer = None
+        now = time.monotonic()
+        try:
+            for (run, stream), since in list(self._held_lines.items()):
+                if now - since >= HELD_LINE:
+                    del self._held_lines[run, stream]
+                    self.store.flush_line(run, stream)
+                    self._collector.want_sweep()
+        except StoreFailed as failed:
+            self.store_failed(failed)
+        self._time_lines()
 
     def _diverged(self, reason: str) -> None:
         say(f"{self.vm}: was set back in time: {reason}")
-        self.request("diverged", {"reason": reason}, lambda _: None)
+        self.request("diverged", {"reason": messages.text(reason)}, lambda _: None)
 
 
 MAX_ROWS = 100_000  # VMRs of one VM kept in memory: ten times the most anyone stages
@@ -258,6 +289,7 @@ class Collector:
         self._start_buffer = start_buffer
         self.guests: dict[str, Guest] = {}
         self._zero: Optional[float] = None  # time zero on the monotonic clock
+        self._syncer = Syncer()
         self._renderer: Optional[RendererProcess] = None
         self._sweep_now = asyncio.Event()
         self._sweep_timer: Optional[asyncio.TimerHandle] = None
@@ -301,8 +333,8 @@ class Collector:
         for guest in self.guests.values():
             try:
                 guest.store.sync()
-            except OSError as error:
-                say(f"{guest.vm}: cannot sync: {error.strerror or error}")
+            except StoreFailed as failed:
+                say(str(failed))
         if self._renderer is not None:
             self._renderer.wake()
             self._renderer.close()
@@ -339,17 +371,23 @@ class Collector:
             if self._sweep_timer is not None:
                 self._sweep_timer.cancel()
                 self._sweep_timer = None
-            # One after the other: a disk syncs one thing at a time anyway, and acks go out as each is done.
-            for guest in [each for each in self.guests.values() if each.store.dirty()]:
-                snapshot = guest.store.begin_sync()
+            begun = []
+            for guest in self.guests.values():
                 try:
-                    await loop.run_in_executor(None, snapshot.sync)
-                    acks = guest.store.finish_sync(snapshot)
-                except OSError as error:
-                    say(f"{guest.vm}: cannot sync: {error.strerror or error}; nothing is acknowledged")
-                    loop.call_later(1.0, self._sweep_now.set)
+                    sync = guest.store.begin_sync()
+                except StoreFailed as failed:
+                    guest.store_failed(failed)
                     continue
-                guest.acknowledge(acks)
+                if sync is not None:
+                    begun.append((guest, sync))
+            if not begun:
+                continue
+            await loop.run_in_executor(None, self._syncer.work, [sync for _, sync in begun])
+            for guest, sync in begun:
+                try:
+                    guest.acknowledge(guest.store.finish_sync(sync))
+                except StoreFailed as failed:
+                    guest.store_failed(failed)
             if self._renderer is not None:
                 self._renderer.wake()
 
@@ -468,20 +506,27 @@ class Collector:
             vmr = os.fsencode(str(request.get("vmr", "")))
             args = {"vmr": vmr}
             if verb == "kill":
-                args = {"run": self._running(guest, vmr), "signal": int(request.get("signal", signal.SIGTERM))}
+                args = {
+                    "run": self._running(guest, vmr),
+                    "signal": int(request.get("signal", signal.SIGTERM)),
+                }
 
         def answer(reply: messages.Reply) -> None:
-            result = {key: value.hex() if isinstance(value, bytes) else value for key, value in reply.result.items()}
+            result = {
+                key: value.hex() if isinstance(value, bytes) else value for key, value in reply.result.items()
+            }
             if reply.ok:
                 self._tell(client, {"ok": True, **result})
             else:
                 self._tell(client, {"ok": False, "error": show(reply.error.encode()), "hint": None})
 
         if not guest.request(verb, args, answer):
-            raise Problem(f"cannot {verb}: no session with {guest.vm}: {guest.chardev.reason or 'it says nothing'}")
+            raise Problem(
+                f"cannot {verb}: no session with {guest.vm}: {guest.chardev.reason or 'it says nothing'}"
+            )
 
     def _running(self, guest: Guest, vmr: bytes) -> bytes:
-        run = guest.store.latest(vmr)
+        run = guest.runs.get(vmr)
         if run is None:
             raise Problem(f"cannot kill {show(vmr)}: no run of it has been seen on {guest.vm}")
         return run
@@ -507,7 +552,12 @@ class Collector:
                     "configured": guest.configured,
                     "counts": counts,
                     "rows": [
-                        {"vmr": show(row.vmr or b""), "state": row.state, "attempt": row.attempt, "reason": row.reason}
+                        {
+                            "vmr": show(row.vmr or b""),
+                            "state": row.state,
+                            "attempt": row.attempt,
+                            "reason": row.reason,
+                        }
                         for row in guest.rows.values()
                     ],
                     "health": dict(guest.health),

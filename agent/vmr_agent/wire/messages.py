@@ -300,6 +300,11 @@ FIELDS: Mapping[Any, tuple[tuple[str, str, bool, Callable[[Any], bool]], ...]] =
 }
 """For each message class its fields: (name, kind, may be nil, check)."""
 
+def text(value: str) -> str:
+    """``value`` as a ``text`` may be: valid UTF-8 and short. For sentences that quote what others made."""
+    return value.encode("utf-8", "backslashreplace")[: MAX_TEXT - 4].decode("utf-8", "ignore")
+
+
 # --- packing --------------------------------------------------------------------------------------
 
 

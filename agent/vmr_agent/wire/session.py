@@ -85,7 +85,7 @@ class Session:
         self._due = 0  # the n of the next frame to come
         self._next = 0  # the n of the next frame to go
         self._outbox: list[bytes] = []
-        self._heard = self._sent = self._begun = 0.0
+        self._heard = self._sent = self._begun = self._arrived = 0.0
 
     @property
     def open(self) -> bool:
@@ -123,7 +123,7 @@ class Session:
         """What these bytes from the channel mean."""
         if self.state is State.SHUT or not data:
             return []
-        self._heard = now
+        self._heard = self._arrived = now
         was_pending = self._decoder.pending
         found = self._decoder.feed(data)
         if self._decoder.pending and (found or not was_pending):
@@ -138,8 +138,8 @@ class Session:
         events: list[Event] = []
         if self.state is State.SHUT:
             return events
-        if self._decoder.pending and now - self._begun >= HALF_FRAME:
-            self._begun = now
+        while self._decoder.pending and now - self._begun >= HALF_FRAME:
+            self._begun = self._arrived  # what is begun now came no later than the last byte
             for item in self._decoder.expire():
                 self._item(item, now, events)
         if self.open and now - self._heard >= SILENCE:

@@ -1,0 +1,223 @@
+"""A guest and a host as real processes of this machine, a socket for the port. Used by the tests, knows no test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Optional, Union
+
+AGENT = Path(__file__).resolve().parents[2] / "agent"
+LIMIT = 60.0  # s; for whatever must happen
+
+
+def until(holds: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
+    """Wait for something to hold, and return what it gave."""
+    deadline = time.monotonic() + limit
+    while True:
+        found = holds()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"gave up after {limit:.0f} s: {what}")
+        time.sleep(0.02)
+
+
+class World:
+    """One VM's worth of guest, and one host."""
+
+    def __init__(self, path: Path, *, settings: Optional[Mapping[str, str]] = None) -> None:
+        self.path = path
+        self.launch = path / "launch"
+        self.state = path / "state"
+        self.logs = path / "logs"
+        # Sockets have 107 bytes for their path; pytest's directories are longer than that.
+        self.sockets = Path(tempfile.mkdtemp(prefix="vmr-"))
+        self.port = self.sockets / "port"
+        self.runtime = self.sockets / "run"
+        self.control = self.sockets / "control"
+        self.config = path / "agent.conf"
+        self.launch.mkdir()
+        self.settings = {"quiet": "0.5", **(settings or {})}
+        self.write_config()
+        self.daemon: Optional[subprocess.Popen[bytes]] = None
+        self.collector: Optional[subprocess.Popen[bytes]] = None
+
+    def write_config(self) -> None:
+        lines = [f"{name} = {value}" for name, value in self.settings.items()]
+        self.config.write_text("\n".join(["[vmr-agent]", *lines]) + "\n")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PYTHONPATH": str(AGENT),
+            "VMR_AGENT_CONFIG": str(self.config),
+            "VMR_AGENT_LAUNCH_DIR": str(self.launch),
+            "VMR_AGENT_STATE_DIR": str(self.state),
+            "VMR_AGENT_RUNTIME_DIR": str(self.runtime),
+            "VMR_AGENT_PORT": f"unix:{self.port}",
+            "VMR_HOST_CONTROL": str(self.control),
+        }
+
+    # --- staging, as FIREWHEEL does it ---
+
+    def stage(
+        self,
+        vmr: Union[str, bytes],
+        command: Union[str, bytes],
+        *,
+        files: Optional[Mapping[str, Union[str, bytes]]] = None,
+        commit: bool = True,
+    ) -> Path:
+        name = os.fsencode(vmr)
+        directory = Path(os.fsdecode(os.path.join(os.fsencode(self.launch), name)))
+        directory.mkdir(parents=True)
+        for each, data in (files or {}).items():
+            target = directory / each
+            target.write_bytes(data.encode() if isinstance(data, str) else data)
+            target.chmod(0o777)
+        script = directory / "call_arguments.sh"
+        line = command.encode() if isinstance(command, str) else command
+        script.write_bytes(
+            b'#!/bin/bash\nCURRENT_DIR="$(dirname "$0")"\ncd "'
+            + os.fsencode(directory)
+            + b'"\n'
+            + line
+            + b"\n"
+        )
+        script.chmod(0o777 if commit else 0o666)
+        return directory
+
+    # --- processes ---
+
+    def start_daemon(self, *options: str) -> subprocess.Popen[bytes]:
+        log = (self.path / "daemon.log").open("ab")
+        self.daemon = subprocess.Popen(
+            [sys.executable, "-m", "vmr_agent.cli.agent", "run", *options],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        return self.daemon
+
+    def start_collector(self, *options: str) -> subprocess.Popen[bytes]:
+        log = (self.path / "collector.log").open("ab")
+        self.collector = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "vmr_agent.cli.host", "collect", "--log-dir", str(self.logs)),
+                *("--listen", f"Server={self.port}", *options),
+            ],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        return self.collector
+
+    def agent(self, *arguments: Union[str, bytes], cwd: Optional[Path] = None, limit: float = LIMIT) -> Any:
+        """Run a verb of the guest; a CompletedProcess with bytes."""
+        return subprocess.run(
+            [sys.executable, "-m", "vmr_agent.cli.agent", *arguments],
+            env=self.environment,
+            cwd=cwd,
+            capture_output=True,
+            timeout=limit,
+        )
+
+    def host(self, *arguments: Union[str, bytes], limit: float = LIMIT) -> Any:
+        return subprocess.run(
+            [sys.executable, "-m", "vmr_agent.cli.host", *arguments],
+            env=self.environment,
+            capture_output=True,
+            timeout=limit,
+        )
+
+    def kill9(self, process: Optional[subprocess.Popen[bytes]]) -> None:
+        assert process is not None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def stop(self, process: Optional[subprocess.Popen[bytes]]) -> int:
+        assert process is not None
+        process.terminate()
+        return process.wait(LIMIT)
+
+    def close(self) -> None:
+        for process in (self.daemon, self.collector):
+            if process is not None and process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        self._end_leftovers()
+
+    def _end_leftovers(self) -> None:
+        """Scripts that outlive their daemon, as they should, must not outlive the test."""
+        for started in self.state.glob("runs/*/*/*/started"):
+            try:
+                row = json.loads(started.read_bytes())
+                os.killpg(int(row["pid"]), signal.SIGKILL)
+            except (OSError, ValueError, KeyError):
+                continue
+
+    # --- what there is to see ---
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        done = self.agent("status", "--json")
+        assert done.returncode == 0, done.stderr
+        return {row["vmr"]: row for row in json.loads(done.stdout)}
+
+    def result(self, vmr: str, attempt: int = 1) -> Optional[dict[str, Any]]:
+        try:
+            row: dict[str, Any] = json.loads(
+                (self.logs / "Server" / vmr / str(attempt) / "result.json").read_bytes()
+            )
+        except FileNotFoundError:
+            return None
+        return row
+
+    def complete(self, vmr: str, attempt: int = 1, limit: float = LIMIT) -> dict[str, Any]:
+        """Wait until the host has the run whole, and return its result.json."""
+
+        def whole() -> Optional[dict[str, Any]]:
+            row = self.result(vmr, attempt)
+            return row if row is not None and row["complete"] else None
+
+        row: dict[str, Any] = until(whole, f"{vmr} attempt {attempt} whole on the host\n{self.tail()}", limit)
+        return row
+
+    def raw(self, vmr: str, stream: str = "stdout", attempt: int = 1) -> bytes:
+        path = self.logs / "Server" / vmr / str(attempt) / stream
+        return path.read_bytes() if path.exists() else b""
+
+    def log(self) -> str:
+        path = self.logs / "Server.log"
+        return path.read_text() if path.exists() else ""
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.logs / "Server.json"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def daemon_log(self) -> str:
+        return (self.path / "daemon.log").read_text()
+
+    def collector_log(self) -> str:
+        return (self.path / "collector.log").read_text()
+
+    def tail(self) -> str:
+        found = []
+        for name in ("daemon.log", "collector.log"):
+            path = self.path / name
+            if path.exists():
+                found.append(f"--- {name}\n" + "\n".join(path.read_text().splitlines()[-15:]))
+        return "\n".join(found)

@@ -1,0 +1,78 @@
+"""What `tests/run` does: each lane is a venv with certain libraries, and the tests that are run in it.
+
+The newest lane has the newest libraries from PyPI and runs everything; the oldest has Debian 12's versions, and
+runs what depends on them. VM tests run in the first, with Debian's own packages in the guest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
+NEWEST = [".[host]", *TOOLS, "mypy", "ruff", "types-psutil"]
+# What Debian 12 has in its own packages.
+OLDEST = [".", "psutil==5.9.4", "watchdog==2.2.1", "msgpack==1.0.3", *TOOLS]
+OLDEST_TESTS = [
+    "tests/wire",
+    "tests/guest",
+    "tests/host",
+    "tests/e2e",
+    "tests/test_schedule.py",
+    "tests/test_runs.py",
+]
+
+
+def lane(name: str, requirements: list[str], arguments: list[str], *, python: str = sys.executable) -> int:
+    print(f"\n== {name}", flush=True)
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [python, str(ROOT / "packaging" / "with_venv.py"), name, *requirements, "--"]
+    status = subprocess.run(
+        [*command, "python", "-m", "pytest", *arguments], cwd=ROOT, env=environment
+    ).returncode
+    print(
+        f"== {name}: {'passed' if status == 0 else f'FAILED ({status})'} in {time.monotonic() - began:.0f} s"
+    )
+    return status
+
+
+def python39() -> str:
+    """A Python 3.9, the oldest we support, where the machine has one."""
+    for candidate in ("python3.9", os.path.expanduser("~/.pyenv/versions/3.9.18/bin/python3.9")):
+        found = shutil.which(candidate)
+        if (
+            found
+            and subprocess.run([found, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0
+        ):
+            return found
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tests/run", description=__doc__)
+    parser.add_argument("--long", action="store_true", help="the big counts too")
+    parser.add_argument("pytest", nargs="*", help="after --: arguments for pytest")
+    args = parser.parse_args()
+    if args.pytest:
+        raise SystemExit(lane("newest", NEWEST, args.pytest))
+    choose = [] if args.long else ["-m", "not long"]
+    common = ["-q", "--timeout=300", *choose]
+    failed = [lane("newest", NEWEST, common)]
+    failed.append(lane("oldest", OLDEST, [*common, *OLDEST_TESTS]))
+    old = python39()
+    if old:
+        failed.append(lane("python3.9", [".", *TOOLS], [*common, *OLDEST_TESTS], python=old))
+    else:
+        print("\n== python3.9: not run, this machine has none; ruff holds the syntax to 3.9")
+    raise SystemExit(1 if any(failed) else 0)
+
+
+if __name__ == "__main__":
+    main()
