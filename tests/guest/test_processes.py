@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vmr_agent.guest import processes
-from vmr_agent.runs import Ending, RunState, Stream
 
 from tests.guest.rig import Rig, alive, eventually, everything, result
+from vmr_agent.guest import processes
+from vmr_agent.runs import Ending, RunState, Stream
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pwd
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -14,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vmr_agent.runs import Ending, RunState, Stream, Trigger
 
 from tests.guest.rig import BOOT_ID, VMR, Rig, alive, eventually, everything, result
+from vmr_agent.runs import Ending, RunState, Stream, Trigger
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system: needs root")
 
@@ -94,6 +95,21 @@ def test_the_daemon_is_told_of_start_output_and_end(rig: Rig) -> None:
         seen.append(rig.kicks.recv(64))
     assert len(seen) >= 3
     assert set(seen) == {run.info.run}
+
+
+def test_a_daemon_that_is_slow_to_listen_hears_every_end(rig: Rig) -> None:
+    """Its queue is short; a shim that has to go says so again until there is room."""
+    vmrs = [b"-4/vmr %d" % number for number in range(40)]
+    for vmr in vmrs:
+        rig.stage("#!/bin/sh\n", vmr)
+    runs = {run.info.run: run for run in map(rig.start, vmrs)}
+    eventually(lambda: sum(run.result() is not None for run in runs.values()) >= 20)
+    heard_ended: set[bytes] = set()
+    rig.kicks.settimeout(5)
+    while len(heard_ended) < len(runs):
+        run_id = rig.kicks.recv(64)
+        if runs[run_id].closed() is not None:
+            heard_ended.add(run_id)
 
 
 # -- how it ends --
@@ -292,6 +308,17 @@ def test_a_shim_outlives_the_signals_that_end_daemons(rig: Rig) -> None:
     (rig.base / "go").touch()
     rig.wait(run, RunState.CLOSED)
     assert (result(run).value, everything(run, Stream.STDOUT)) == (0, b"after\n")
+
+
+def test_a_run_that_was_removed_is_left_when_its_pipes_end(rig: Rig) -> None:
+    rig.stage(f"#!/bin/sh\n(while [ ! -e {rig.base}/go ]; do sleep 0.02; done) &\n")
+    run = rig.start()
+    rig.wait(run, RunState.EXITED)
+    shim = run.holder()
+    assert shim is not None
+    shutil.rmtree(run.path)
+    (rig.base / "go").touch()
+    eventually(lambda: not alive(shim), "the end of the shim")
 
 
 def test_while_the_spool_is_full_the_script_waits_and_nothing_is_lost(rig: Rig) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
+
+from tests.guest.rig import VMR
 from vmr_agent.errors import Problem
 from vmr_agent.guest import spool as spool_module
 from vmr_agent.guest.spool import KEPT_TAIL, RECORD, History, Lengths, Run, Spool, TimeZero
 from vmr_agent.runs import Ending, RunInfo, Stream, Trigger
-
-from tests.guest.rig import VMR
 
 MIB = 1 << 20
 

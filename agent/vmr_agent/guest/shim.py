@@ -3,6 +3,8 @@
 It outlives the daemon and asks nobody anything: its orders came with the fork, and what it has to say lies in
 the run directory. Standard library only and little of it: part of what is imported here is paid again by each
 run. It must not know: the wire, the schedule, any other room of ours. The spool reads what is written here.
+
+It is one module, over the usual length, because a second one would be a second import.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ JOIN_NS = 10_000_000  # adjacent reads closer than this share one record of the 
 SYNC_S = 1.0  # what a power cut may take
 RETRY_S = 0.2  # while blocked
 KICK_RETRY_S = 0.005  # the daemon's queue holds 10 datagrams by default
+LAST_KICK_S = 2.0  # the end is worth some patience: unheard, it waits for the daemon's next look
 ETXTBSY_S = 5.0  # how long the script may stay open for writing
 CHECK_S, CHECK_BYTES = 0.25, 1024 * 1024  # how often free space is looked at: whichever comes first
 RESERVE = 32 * 1024 * 1024  # left free for the rest of the VM, or 2 % of a small file system
@@ -198,12 +201,14 @@ class Shim:
     def _open(self) -> None:
         self.streams = (Stream(1, "stdout"), Stream(2, "stderr"))
         self.index = os.open("index", os.O_WRONLY | os.O_CREAT, 0o600)
-        self.exit = os.open("exit.json.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        fd = os.open("exit.json.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            os.posix_fallocate(self.exit, 0, EXIT_RECORD)
+            os.posix_fallocate(fd, 0, EXIT_RECORD)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
+        finally:
+            os.close(fd)
 
     def _fork(self) -> tuple[int, int]:
         """Make the script's process, and durable all that says so; it waits until it is let go."""
@@ -320,8 +325,13 @@ class Shim:
         if self.sync_due:
             self._sync()
         if not self.closed_at_exit:
-            self._write_closed()
+            stdout, stderr = (stream.length for stream in self.streams)
+            self._record("closed", {"stdout": stdout, "stderr": stderr, "reason": ""})
         _remove("blocked")
+        give_up = time.monotonic() + LAST_KICK_S
+        while self.kick_owed and time.monotonic() < give_up:
+            time.sleep(KICK_RETRY_S)
+            self._kick()
 
     def _timeout(self) -> float | None:
         waits = []
@@ -392,6 +402,7 @@ class Shim:
                 self.sync_due = 0.0
                 os.fdatasync(self.index)
         except OSError as error:
+            self.sync_due = time.monotonic() + SYNC_S
             self._block(f"the spool cannot be synced: {error.strerror}")
 
     # -- want of space --
@@ -486,36 +497,34 @@ class Shim:
             "asks_reboot": asks,
             "closed": self.closed_at_exit,
         }
-        data = json.dumps(row).encode() + b"\n"
         self._sync(index=False)
-        os.pwrite(self.exit, data, 0)
-        os.ftruncate(self.exit, len(data))
-        self._stubbornly_sync(self.exit)
-        # Who sees the name sees what is durable. The rename itself is not synced: should a power cut undo it,
-        # the daemon finds the record, whole, under its first name.
-        os.rename("exit.json.new", "exit.json")
-        self._kick()
+        self._record("exit.json", row)
 
-    def _write_closed(self) -> None:
-        row = {"stdout": self.streams[0].length, "stderr": self.streams[1].length, "reason": ""}
+    def _record(self, name: str, row: dict[str, object]) -> None:
+        """Write a record durably, however long the file system refuses it; then tell the daemon.
+
+        Who sees the name sees what is durable. The rename itself is not synced: should a power cut undo it, the
+        daemon finds the record, whole, under its first name.
+        """
         data = json.dumps(row).encode() + b"\n"
         while True:
             try:
-                fd = _write("closed.new", data)
-                self._stubbornly_sync(fd)
-                os.rename("closed.new", "closed")
+                fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT, 0o600)
+                try:
+                    if os.write(fd, data) != len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.ftruncate(fd, len(data))  # only now: exit.json.new has its block since the start
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                os.rename(f"{name}.new", name)
                 break
+            except FileNotFoundError:
+                return  # the run was removed, as `reset` does: nobody will ask
             except OSError as error:
                 self._block(f"the spool cannot be written: {error.strerror}")
                 time.sleep(RETRY_S)
         self._kick()
-
-    @staticmethod
-    def _stubbornly_sync(fd: int) -> None:
-        try:
-            os.fsync(fd)
-        except OSError:
-            pass  # it is written, and the daemon can read it; nothing more can be done here
 
     def _kick(self) -> None:
         self.kick_owed = False
@@ -548,10 +557,16 @@ def start_ticks(pid: int) -> int:
     return int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
 
 
+def _shown(name: bytes) -> str:
+    """A name for people's eyes; names and first lines hold whatever their writer liked."""
+    text = name[:300].decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def explain(number: int, script: bytes) -> str:
     """Why a script could not be executed: the cause behind the errno, which alone misleads (a missing
     interpreter is "No such file or directory", with the script in plain sight)."""
-    path = os.fsencode(script).decode("utf-8", "backslashreplace")
+    path = _shown(script)
     try:
         first = _read(script).partition(b"\n")[0]
     except FileNotFoundError:
@@ -559,10 +574,10 @@ def explain(number: int, script: bytes) -> str:
     except OSError:
         first = b""
     words = first[2:].split() if first.startswith(b"#!") else []
-    interpreter = words[0].decode("utf-8", "backslashreplace") if words else ""
-    if number == errno.ENOENT and first.startswith(b"#!") and first.endswith(b"\r"):
+    interpreter = _shown(words[0]) if words else ""
+    if number == errno.ENOENT and words and first.endswith(b"\r"):
         return f"the first line of {path} ends in CR LF, so that no interpreter of that name exists"
-    if number == errno.ENOENT and interpreter:
+    if number == errno.ENOENT and words:
         return f"the interpreter of {path} is missing: {interpreter}"
     if number == errno.EACCES:
         try:
@@ -572,7 +587,7 @@ def explain(number: int, script: bytes) -> str:
                 return f"{path} is not executable"
         except OSError:
             pass
-        if interpreter and not os.access(interpreter, os.X_OK):
+        if words and not os.access(words[0], os.X_OK):
             return f"the interpreter of {path} may not be executed: {interpreter}"
         return f"no permission to execute {path}"
     if number == errno.ETXTBSY:

@@ -772,7 +772,7 @@ class Spool(History):
         for link in (self.path / "open").iterdir():
             # Four cases: a whole run; a directory whose run.json never came to the disk, which never started;
             # no directory at all; somebody else's run, because the number was given again.
-            path = self.path / "runs" / os.path.relpath(os.readlink(link), "../runs")
+            path = Path(os.path.normpath(self.path / "open" / os.readlink(link)))
             run = self._load(path)
             if run is not None and run.info.run.hex() == link.name:
                 found[run.info.run] = run
