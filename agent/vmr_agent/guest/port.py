@@ -181,11 +181,9 @@ class Port:
             return "busy: " + (", ".join(users_of(device(self.spec))) or "another process") + " has it open"
         if error.errno == errno.ENODEV:
             return "unplugged"
-        if error.errno == errno.ENOTTY:
-            return "is no character device"
         if error.errno == errno.EAGAIN:
             return "the host's socket takes no more connections now"
-        return os.strerror(error.errno) if error.errno else str(error)
+        return error.strerror or str(error)
 
 
 def device(spec: str) -> Path:
