@@ -44,6 +44,7 @@ TAIL = 65_536
 """Bytes at a stream's end that an Ack's ``tails`` cover: PROTOCOL.md."""
 MAX_OFFSET = 2**62
 MAX_OPEN_RUNS = 10_000
+MAX_RUNS = 200_000
 MAX_GAPS_LISTED = 1_000
 OPEN_FILES = 32
 """Raw files one VM keeps open: enough for the runs of a start time, and 1,000 VMs stay within ``nofile``."""
@@ -289,7 +290,7 @@ class Life:
             return True
         run_id, stream, offset, length, _, crc = OUTPUT.unpack(content)
         try:
-            fd = self._raw(self._runs[run_id], Stream(stream), os.O_RDONLY)
+            fd = self._raw(self._runs[run_id], Stream(stream), os.O_RDWR)
         except (OSError, KeyError):
             return False
         return bool(zlib.crc32(os.pread(fd, length, offset)) == crc)
@@ -355,7 +356,9 @@ class Life:
         if parse_vmr(message.vmr) != message.vmr or message.attempt < 1:
             raise BadGuest(f"no VMR has the name {show(message.vmr)}, attempt {message.attempt}")
         if len(self._runs) >= MAX_OPEN_RUNS:
-            raise BadGuest(f"more than {MAX_OPEN_RUNS} runs at once")
+            raise BadGuest(f"more than {MAX_OPEN_RUNS:,} runs at once")
+        if len(self._labels) >= MAX_RUNS:
+            raise BadGuest(f"more than {MAX_RUNS:,} runs")
         run = HeldRun(message, message.started + self._skew)
         self._make_directory(run.path)
         for stream in Stream:
