@@ -115,7 +115,7 @@ def test_with_no_host_runs_go_on_and_are_shipped_when_it_comes(world: World) -> 
     world.stage("-2/a", "echo first")
     world.stage("-1/b", "echo second; exit 3")
     world.start_daemon()
-    until(lambda: world.status()["-1/b"]["state"] == "exited", "both run with no host")
+    until(lambda: world.state("-1/b") == "exited", "both run with no host")
     assert world.status()["-1/b"]["delivered"] == "no"
     world.start_collector()
     assert world.complete("-1/b")["exit_code"] == 3
@@ -185,10 +185,10 @@ def test_a_killed_shim_gives_lost_with_all_it_had_captured(world: World) -> None
     world.start_collector()
     world.start_daemon()
     until(lambda: world.raw("-1/victim") == b"captured\n", "the line on the host")
-    lock = world.state / "runs" / "-1" / "victim" / "1" / "lock"
-    started = world.status()["-1/victim"]["pid"]
-    os.kill(int(lock.read_text().split()[0]), signal.SIGKILL)
-    os.kill(started, signal.SIGKILL)
+    script = world.status()["-1/victim"]["pid"]
+    shim = int(Path(f"/proc/{script}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(shim, signal.SIGKILL)
+    os.kill(script, signal.SIGKILL)
     row = world.complete("-1/victim")
     assert row["state"] == "lost" and "shim" in row["error"]
     assert world.raw("-1/victim") == b"captured\n"
@@ -213,7 +213,7 @@ def test_the_host_starts_the_experiment_and_late_vms_are_told(world: World) -> N
     world.start_collector()
     world.start_daemon()
     until(lambda: b"configured" in world.agent("status").stdout, "configured")
-    assert world.status()["0.5/timed"]["state"] == "waiting"
+    assert world.state("0.5/timed") == "waiting"
     assert world.host("start").returncode == 0
     assert world.complete("0.5/timed")["exit_code"] == 0
     again = world.host("start")

@@ -19,8 +19,7 @@ def running(world: World) -> World:
     """A daemon with one VMR that has run."""
     world.stage("-4/compress.py", "echo out; echo err >&2; exit $(cat code)", files={"code": "3"})
     world.start_daemon()
-    until(lambda: world.agent("status", "--json").returncode == 0, "the daemon answers")
-    until(lambda: world.status()["-4/compress.py"]["state"] == "exited", "the VMR has run")
+    until(lambda: world.state("-4/compress.py") == "exited", "the VMR has run")
     return world
 
 
@@ -90,18 +89,18 @@ def test_without_a_daemon_the_error_says_what_to_do_and_logs_still_work(running:
 
 def test_a_vmr_in_progress_is_refused_with_its_attempt(running: World) -> None:
     running.stage("-1/slow", "exec sleep 30")
-    until(lambda: running.status().get("-1/slow", {}).get("state") == "running", "it runs")
+    until(lambda: running.state("-1/slow") == "running", "it runs")
     done = running.agent("rerun", "-1/slow")
     assert done.returncode == 1 and b"attempt 1 is still running" in done.stderr
     killed = running.agent("kill", "-1/slow")
     assert killed.returncode == 0
-    until(lambda: running.status()["-1/slow"]["state"] == "killed", "it is killed")
+    until(lambda: running.state("-1/slow") == "killed", "it is killed")
     assert running.status()["-1/slow"]["signal"] == "SIGTERM"
 
 
 def test_ctrl_c_stops_watching_and_not_the_run(running: World) -> None:
     running.stage("-1/slow", "echo begun; sleep 3; echo done")
-    until(lambda: running.status().get("-1/slow", {}).get("state") == "exited", "its first run")
+    until(lambda: running.state("-1/slow") == "exited", "its first run")
     watching = subprocess.Popen(
         [sys.executable, "-m", "vmr_agent.cli.agent", "rerun", "-1/slow"],
         env=running.environment,
@@ -113,7 +112,7 @@ def test_ctrl_c_stops_watching_and_not_the_run(running: World) -> None:
     _, errors = watching.communicate(timeout=30)
     assert watching.returncode == 130
     assert b"stopped watching; -1/slow goes on" in errors
-    until(lambda: running.status()["-1/slow"]["state"] == "exited", "the run goes on to its end")
+    until(lambda: running.state("-1/slow") == "exited", "the run goes on to its end")
     assert running.agent("logs", "-1/slow").stdout == b"begun\ndone\n"
 
 
@@ -133,9 +132,7 @@ def test_names_of_any_bytes_run_and_rerun(world: World) -> None:
     world.start_daemon()
     shown = "-1/odd \\n\\xff name"
     until(
-        lambda: (
-            world.agent("status").returncode == 0 and world.status().get(shown, {}).get("state") == "exited"
-        ),
+        lambda: world.state(shown) == "exited",
         "it ran",
     )
     done = world.agent(b"rerun", name)
@@ -158,7 +155,7 @@ def test_schedule_off_runs_nothing_by_itself_and_reruns_all(make_world: object) 
     world: World = make_world(settings={"schedule": "off"})  # type: ignore[operator]
     world.stage("-1/a", "echo by hand")
     world.start_daemon()
-    until(lambda: world.agent("status", "--json").returncode == 0 and "-1/a" in world.status(), "it is seen")
+    until(lambda: "-1/a" in world.status(), "it is seen")
     time.sleep(1)
     assert world.status()["-1/a"]["attempt"] == 0
     until(lambda: world.agent("rerun", "-1/a").stdout == b"by hand\n", "a rerun by hand")
@@ -166,7 +163,7 @@ def test_schedule_off_runs_nothing_by_itself_and_reruns_all(make_world: object) 
 
 def test_a_reader_that_leaves_gets_no_traceback(running: World) -> None:
     running.stage("-1/much", "head -c 5000000 /dev/zero")
-    until(lambda: running.status().get("-1/much", {}).get("state") == "exited", "it ran")
+    until(lambda: running.state("-1/much") == "exited", "it ran")
     piped = subprocess.run(
         f"{sys.executable} -m vmr_agent.cli.agent logs -1/much | head -c 10 | wc -c",
         shell=True,
@@ -179,8 +176,7 @@ def test_a_reader_that_leaves_gets_no_traceback(running: World) -> None:
 def test_the_environment_of_a_script_is_clean(world: World) -> None:
     world.stage("-1/env", "env | sort; ls /proc/self/fd | wc -l; pwd; umask; readlink /proc/self/fd/0")
     world.start_daemon()
-    until(lambda: world.agent("status", "--json").returncode == 0, "the daemon answers")
-    until(lambda: world.status().get("-1/env", {}).get("state") == "exited", "it ran")
+    until(lambda: world.state("-1/env") == "exited", "it ran")
     lines = world.agent("logs", "-1/env").stdout.decode().splitlines()
     names = {line.partition("=")[0] for line in lines if "=" in line}
     assert names - {"PWD", "SHLVL", "_", "OLDPWD"} == {

@@ -35,7 +35,7 @@ class World:
     def __init__(self, path: Path, *, settings: Optional[Mapping[str, str]] = None) -> None:
         self.path = path
         self.launch = path / "launch"
-        self.state = path / "state"
+        self.spool = path / "state"
         self.logs = path / "logs"
         # Sockets have 107 bytes for their path; pytest's directories are longer than that.
         self.sockets = Path(tempfile.mkdtemp(prefix="vmr-"))
@@ -60,7 +60,7 @@ class World:
             "PYTHONPATH": str(AGENT),
             "VMR_AGENT_CONFIG": str(self.config),
             "VMR_AGENT_LAUNCH_DIR": str(self.launch),
-            "VMR_AGENT_STATE_DIR": str(self.state),
+            "VMR_AGENT_STATE_DIR": str(self.spool),
             "VMR_AGENT_RUNTIME_DIR": str(self.runtime),
             "VMR_AGENT_PORT": f"unix:{self.port}",
             "VMR_HOST_CONTROL": str(self.control),
@@ -163,7 +163,7 @@ class World:
 
     def _end_leftovers(self) -> None:
         """Scripts that outlive their daemon, as they should, must not outlive the test."""
-        for started in self.state.glob("runs/*/*/*/started"):
+        for started in self.spool.glob("runs/*/*/*/started"):
             try:
                 row = json.loads(started.read_bytes())
                 os.killpg(int(row["pid"]), signal.SIGKILL)
@@ -173,9 +173,15 @@ class World:
     # --- what there is to see ---
 
     def status(self) -> dict[str, dict[str, Any]]:
+        """The rows of `status` by VMR name; none while the daemon doesn't answer."""
         done = self.agent("status", "--json")
-        assert done.returncode == 0, done.stderr
+        if done.returncode:
+            return {}
         return {row["vmr"]: row for row in json.loads(done.stdout)}
+
+    def state(self, vmr: str) -> str:
+        """The state of a VMR in the guest, empty when it isn't known there."""
+        return str(self.status().get(vmr, {}).get("state", ""))
 
     def result(self, vmr: str, attempt: int = 1) -> Optional[dict[str, Any]]:
         try:

@@ -27,7 +27,7 @@ from vmr_agent.errors import Problem, show
 from vmr_agent.guest import processes, roster
 from vmr_agent.guest.port import Port, PortState
 from vmr_agent.guest.roster import Entry, Roster
-from vmr_agent.guest.runner import Runner
+from vmr_agent.guest.runner import NOTHING, Runner
 from vmr_agent.guest.settings import Settings
 from vmr_agent.guest.shipper import Diverged, Shipper
 from vmr_agent.guest.spool import Lengths, Run, Spool, TimeZero
@@ -142,7 +142,14 @@ class Daemon:
         while not self._stopping:
             for key, _ in self._selector.select(self._timeout()):
                 key.data()
-            self._turn(boottime())
+            try:
+                self._turn(boottime())
+            except OSError as error:
+                # A full or failing disk under the state directory. What could not be noted is not done either; a
+                # script that runs goes on, and its shim waits for space by itself.
+                self._log(f"cannot write to {self._settings.state_dir}: {error}; trying again")
+                self._undecided, self._next_retry = False, boottime() + _ROOM
+                self._next_idle = max(self._next_idle, self._next_retry)
         self._shut_down()
 
     def _on_read(self, source: Any, act: Callable[[], Any]) -> None:
@@ -205,7 +212,7 @@ class Daemon:
         acked = {}
         for run in self._spool.open_runs():
             delivered = self._shipper.acked(run.info.run)
-            acked[run.info.run] = Lengths(*delivered[1:]) if delivered else run.lengths()
+            acked[run.info.run] = Lengths(*delivered[1:]) if delivered else NOTHING
         self._spool.enforce(acked)
         self._shipper.touch_all()  # a kick that was lost
         self._follow_runner()
@@ -415,7 +422,7 @@ class Daemon:
     def _judge(self, run: Run) -> None:
         delivered = self._shipper.acked(run.info.run)
         try:
-            self._runner.judge(run, acked=Lengths(*delivered[1:]) if delivered else Lengths(0, 0))
+            self._runner.judge(run, acked=Lengths(*delivered[1:]) if delivered else NOTHING)
         except OSError as error:
             self._log(f"cannot judge {show(run.info.vmr)}: {error.strerror}; trying again")
             return
@@ -700,7 +707,7 @@ class Daemon:
         total, held = lengths.stdout + lengths.stderr, delivered[1] + delivered[2]
         if held >= total and delivered[0] >= RunState.STARTED:
             return "so far" if run.closed() is None else "almost"
-        return f"{100 * held // total} %" if total else "no"
+        return f"{100 * held // total} %" if held else "no"
 
     def _verb_start(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
         if not self._start(0, "guest"):

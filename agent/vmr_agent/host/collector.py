@@ -1,7 +1,7 @@
 """What lives here: the host's loop: chardev → session → log store → ack, for every VM in one process.
 
 It must not know: how logs look (the renderer's), how files are laid out (the log store's). Guests are not trusted:
-whatever one sends, the others go on. A little over 400 lines: one loop and the conversations in it, hard to follow apart.
+whatever one sends, the others go on. Over 400 lines, as one module: a loop and the conversations in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import vmr_agent
 from vmr_agent import control
 from vmr_agent.errors import Problem, show
 from vmr_agent.host.chardev import Chardev
-from vmr_agent.host.logstore import BadGuest, Diverged, LogStore, StoreFailed, Syncer
+from vmr_agent.host.life import BadGuest, Diverged
+from vmr_agent.host.logstore import LogStore, Syncer
 from vmr_agent.host.renderer import RendererProcess
 from vmr_agent.wire import messages
 from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
@@ -57,7 +58,6 @@ class Guest:
         self.hello: Optional[messages.Hello] = None
         self.configured = False
         self.rows: dict[bytes, messages.Vmr] = {}
-        self.runs: dict[bytes, bytes] = {}
         self.health: Mapping[str, Any] = {}
         self._collector = collector
         self._session = Session(Role.HOST, introduce=_introduce, beat=_beat, make_id=lambda: os.urandom(8))
@@ -137,21 +137,26 @@ class Guest:
         for event in events:
             try:
                 self._take(event)
+            except Diverged as diverged:
+                self._diverged(str(diverged))
             except BadGuest as error:
                 # Nothing it sends in this connection is believed any more; what it holds, it sends again.
                 say(f"{self.vm}: sends what can't be: {error}; beginning anew")
                 self.chardev.drop("a bad guest")
                 return
-            except StoreFailed as failed:
+            except OSError as failed:
                 self.store_failed(failed)
                 return
         self._write()
 
-    def store_failed(self, failed: StoreFailed) -> None:
+    def store_failed(self, failed: OSError) -> None:
         """What couldn't be stored isn't acknowledged, and comes again in the next session, a second from now."""
-        if str(failed) != self._failure:
-            self._failure = str(failed)
-            say(f"{failed}; nothing is acknowledged, trying again")
+        reason = failed.strerror or str(failed)
+        if reason != self._failure:
+            self._failure = reason
+            say(
+                f"{self.vm}: cannot write to {self.store.log_dir}: {reason}; nothing is acknowledged, trying again"
+            )
         self.chardev.drop("the log directory can't be written")
 
     def _write(self) -> None:
@@ -164,12 +169,7 @@ class Guest:
             self._hold_line(event)
             self._collector.want_sweep(self.store.unsynced_bytes() >= SWEEP_BYTES)
         elif isinstance(event, messages.Run):
-            self.runs[event.vmr] = event.run
-            try:
-                self.send(self.store.run(event))
-            except Diverged as diverged:
-                self._diverged(str(diverged))
-                return
+            self.send(self.store.run(event))
             self._collector.want_sweep()
         elif isinstance(event, messages.Gap):
             self.store.gap(event)
@@ -199,18 +199,12 @@ class Guest:
         if hello.spool is None:
             raise BadGuest("a Hello without a spool")
         self.hello, self._strange_since = hello, None
-        before = self.store.last_hello
-        same = before is not None and (before.spool, before.boot) == (hello.spool, hello.boot)
-        if same and before is not None and (hello.boottime or 0) < (before.boottime or 0):
-            self._diverged("its time since boot is less than it was")
-            return
         new_life = self.store.life(hello, time.time_ns())
         self._failure = ""
         say(f"{self.vm}: session open with {show(hello.hostname or b'?')} ({hello.version})")
         if new_life:
             say(f"{self.vm}: a new life of this VM begins; the earlier one is kept")
         self._first_round = {}
-        self.runs.clear()
         now = time.monotonic()
         for run, stream in self.store.unfinished_lines():
             self._held_lines[run, stream] = now
@@ -232,7 +226,7 @@ class Guest:
             self.rows.pop(row.vmr, None)
         else:
             self.rows[row.vmr] = row
-        if len(self.rows) > MAX_ROWS or len(self.runs) > MAX_ROWS or len(self._first_round or ()) > MAX_ROWS:
+        if len(self.rows) > MAX_ROWS or len(self._first_round or ()) > MAX_ROWS:
             raise BadGuest(f"more than {MAX_ROWS:,} VMRs")
 
     def _hold_line(self, output: messages.Output) -> None:
@@ -258,7 +252,7 @@ class Guest:
                     del self._held_lines[run, stream]
                     self.store.flush_line(run, stream)
                     self._collector.want_sweep()
-        except StoreFailed as failed:
+        except OSError as failed:
             self.store_failed(failed)
         self._time_lines()
 
@@ -333,11 +327,12 @@ class Collector:
         for guest in self.guests.values():
             try:
                 guest.store.sync()
-            except StoreFailed as failed:
-                say(str(failed))
+            except OSError as error:
+                say(f"{guest.vm}: cannot sync: {error.strerror or error}")
         if self._renderer is not None:
             self._renderer.wake()
-            self._renderer.close()
+            if not self._renderer.close():
+                say("the renderer goes on by itself with what is left")
         for guest in self.guests.values():
             guest.store.close()
 
@@ -351,8 +346,7 @@ class Collector:
                 guest.tick(now)
             if self._renderer is not None and not self._renderer.alive():
                 say("the renderer ended; starting another")
-                self._renderer.close()
-                self._start_renderer()
+                self._renderer.restart()
 
     # --- durability ---
 
@@ -375,24 +369,24 @@ class Collector:
             for guest in self.guests.values():
                 try:
                     sync = guest.store.begin_sync()
-                except StoreFailed as failed:
+                except OSError as failed:
                     guest.store_failed(failed)
                     continue
                 if sync is not None:
                     begun.append((guest, sync))
             if not begun:
                 continue
-            await loop.run_in_executor(None, self._syncer.work, [sync for _, sync in begun])
+            await loop.run_in_executor(None, self._syncer.sync, [sync for _, sync in begun])
             for guest, sync in begun:
                 try:
                     guest.acknowledge(guest.store.finish_sync(sync))
-                except StoreFailed as failed:
+                except OSError as failed:
                     guest.store_failed(failed)
             if self._renderer is not None:
-                self._renderer.wake()
+                self._renderer.wake(guest.vm for guest, _ in begun)
 
     def _start_renderer(self) -> None:
-        self._renderer = RendererProcess(self._log_dir, [guest.store for guest in self.guests.values()])
+        self._renderer = RendererProcess(self._log_dir, self.guests)
 
     # --- the experiment's start ---
 
@@ -526,7 +520,7 @@ class Collector:
             )
 
     def _running(self, guest: Guest, vmr: bytes) -> bytes:
-        run = guest.runs.get(vmr)
+        run = guest.store.latest(vmr)
         if run is None:
             raise Problem(f"cannot kill {show(vmr)}: no run of it has been seen on {guest.vm}")
         return run
