@@ -1,0 +1,716 @@
+"""What lives here: the launch directory: which VMRs are staged, completely or not, changed, refused or gone.
+
+The scan is the truth; watchdog's events are hints that there is something to scan. Events get lost (a full
+queue, a tree moved in, a file system changed from its other side), and their threads can die.
+
+Everything is looked at through descriptors of directories, without following links, so what was checked is
+what is used, whatever is swapped meanwhile. It must not know: what has run (but for :meth:`Watcher.done`), the
+schedule, the clock: times come in as CLOCK_BOOTTIME seconds.
+
+One module of some 700 lines: the scan, its checks and the events it listens to share one idea of what a name
+is and what counts as a change, and nothing else in the guest needs any of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import stat
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Optional, Union
+
+from vmr_agent.errors import show
+from vmr_agent.schedule import Identity, Staging, Vmr, is_vmr_directory, parse_start_time
+
+SCRIPT = "call_arguments.sh"
+HOLD = ".hold"
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_NEVER = float("inf")
+_MAX_LINKS = 40  # Linux's own limit
+
+# A VMR's tree is walked to see whether anything in it changed. What is deeper, or comes after so many files,
+# isn't looked at: 10,000 files take some 20 ms, and the walk stops the daemon.
+_MAX_DEPTH = 16
+_MAX_FILES = 10_000
+
+# Without x bit nothing waits for a VMR but `quiet` (seconds), so its tree is walked seldom, and more seldom when
+# it was left alone for long.
+_WALK_S = 1.0
+_WALK_STALE_S = 30.0
+
+_MAX_DOUBLINGS = 5  # of `settle`, for a tree that is written to after its x bit was set
+_MAX_NAMED = 1000  # lines in the log about what isn't a VMR
+_MAX_HINTS = 10_000  # VMRs named by events between two scans; more mean: look at everything
+_RETRY_S = 30.0  # between two tries to get events
+
+_KINDS = frozenset({"created", "modified", "closed", "moved", "deleted", "attrib"})
+_COMES_OR_GOES = frozenset({"created", "moved", "deleted"})
+
+
+class Watcher:
+    """What is staged in one launch directory.
+
+    :meth:`scan` looks; ``vmrs``, ``held`` and ``problem`` say what it saw.
+    """
+
+    def __init__(
+        self,
+        launch_dir: Union[str, bytes, os.PathLike[Any]],
+        *,
+        settle: float = 0.02,
+        log: Callable[[str], None],
+        events: bool = True,
+    ) -> None:
+        self._path = os.path.abspath(os.fsencode(launch_dir))
+        self._settle = settle
+        self._log = log
+        self._trusted = frozenset({0, os.geteuid()})
+        self._held = False
+        self._problem: Optional[str] = None
+        self._starts: dict[bytes, _StartTime] = {}
+        self._vmrs: dict[bytes, Vmr] = {}
+        self._unready: dict[bytes, _Entry] = {}
+        self._changed: set[bytes] = set()
+        self._gone: set[bytes] = set()
+        self._named: set[bytes] = set()
+        self._now = self._tick = 0.0
+        self._due = _NEVER
+        self._events = _Events()
+        self._want_events = events
+        self._watched: Optional[tuple[int, int]] = None
+        self._tried: Optional[tuple[int, int]] = None
+        self._next_try = 0.0
+        self._complaint = ""
+
+    # --- what was seen ---
+
+    @property
+    def vmrs(self) -> Mapping[bytes, Vmr]:
+        return self._vmrs
+
+    @property
+    def held(self) -> bool:
+        """``.hold`` is there."""
+        return self._held
+
+    @property
+    def problem(self) -> Optional[str]:
+        """Why nothing can be ready: "cannot use /var/launch: …"."""
+        return self._problem
+
+    def take_changes(self) -> tuple[set[bytes], set[bytes]]:
+        """Names that appeared or changed, and names seen gone, since the last call.
+
+        A name in both was replaced: first gone, then there again.
+        """
+        changed, self._changed = self._changed, set()
+        gone, self._gone = self._gone, set()
+        return changed, gone
+
+    def done(self, name: bytes) -> None:
+        """This VMR runs, or has run: what changes in its directory means nothing now, only a new VMR does."""
+        start_time, _, directory = name.partition(b"/")
+        start = self._starts.get(start_time)
+        entry = start.entries.get(directory) if start is not None else None
+        if entry is not None:
+            entry.done = True
+            self._events.ignored.add(name)
+
+    # --- when to look ---
+
+    def start(self) -> None:
+        """Make the launch directory if there is none, and begin to listen."""
+        try:
+            os.makedirs(self._path, mode=0o755, exist_ok=True)
+        except OSError:
+            pass  # the scan says what is wrong, for as long as it is
+        root = self._open_root()
+        if root is not None:
+            os.close(root)
+
+    def fileno(self) -> int:
+        """Readable when an event has hinted at a change since the last scan."""
+        return self._events.fileno()
+
+    def next_due(self) -> Optional[float]:
+        """When a scan can see something new though nothing happens: what is unchanged will have settled."""
+        return None if self._due == _NEVER else self._due
+
+    def due(self, now: float) -> bool:
+        """Whether there is cause to scan: an event, or a time that has come."""
+        return self._events.heard or self._due <= now
+
+    def alive(self) -> bool:
+        """Whether events come in as far as they can be had; if not, the next scan sees to it."""
+        return self._watched is None or self._events.alive()
+
+    def close(self) -> None:
+        self._watched = None
+        self._events.close()
+
+    # --- the scan ---
+
+    def scan(self, now: float, *, full: bool = False) -> None:
+        """Look at what is not ready and at what may have changed; with ``full`` at everything."""
+        self._now, self._tick = now, time.monotonic()
+        hints = self._events.take()
+        if full:
+            hints = replace(hints, everything=True)
+        root = self._open_root()
+        if root is None:
+            self._held = False
+            for start in list(self._starts.values()):
+                self._forget_start(start)
+        else:
+            try:
+                self._held = _look_up(HOLD, root) is not None
+                if self._problem is None:
+                    self._scan_root(root, hints)
+                else:
+                    for start in self._starts.values():
+                        for entry in start.entries.values():
+                            self._refuse(entry, self._problem)
+            finally:
+                os.close(root)
+        waiting: tuple[Union[_Entry, _StartTime], ...] = (*self._unready.values(), *self._starts.values())
+        self._due = min((one.due for one in waiting), default=_NEVER)
+
+    def _at(self) -> float:
+        # The time of this very look: with thousands of VMRs a scan takes longer than `settle`.
+        return self._now + (time.monotonic() - self._tick)
+
+    def _open_root(self) -> Optional[int]:
+        """The launch directory, listened to from here on; None when there is none. Sets ``problem``."""
+        real, wrong = _trace(self._path, self._trusted)
+        root: Optional[int] = None
+        identity = None
+        try:
+            root = os.open(real, _DIRECTORY)
+        except FileNotFoundError:
+            wrong = "it does not exist"
+        except NotADirectoryError:
+            wrong = "it is not a directory"
+        except OSError as error:
+            wrong = str(error.strerror)
+        else:
+            info = os.fstat(root)
+            identity = (info.st_dev, info.st_ino)
+            wrong = wrong or _distrust(info, "it", self._trusted)
+        self._listen(real, identity)
+        self._problem = None if wrong is None else f"cannot use {show(self._path)}: {wrong}"
+        return root
+
+    def _listen(self, path: bytes, identity: Optional[tuple[int, int]]) -> None:
+        """Have events of what is now the launch directory. Before it is looked at, so nothing falls between."""
+        if not self._want_events:
+            return
+        if self._watched is not None and not (self._watched == identity and self._events.alive()):
+            self._watched = None
+            self._events.stop()
+        if identity is None or self._watched is not None:
+            return
+        if identity == self._tried and self._now < self._next_try:
+            return
+        self._tried, self._next_try = identity, self._now + _RETRY_S
+        try:
+            self._events.start(path)
+        except Exception as error:  # of whatever kind: events only save time
+            complaint = f"cannot get events from {show(path)}: {error}; looking now and then instead"
+            if complaint != self._complaint:
+                self._complaint = complaint
+                self._log(complaint)
+        else:
+            self._watched = identity
+
+    def _scan_root(self, root: int, hints: _Hints) -> None:
+        wanted: dict[bytes, set[bytes]] = {}
+        for name in hints.touched.union(hints.vanished, self._unready):
+            start_time, _, directory = name.partition(b"/")
+            wanted.setdefault(start_time, set()).add(directory)
+        present = self._start_times(root)
+        for start in [start for name, start in self._starts.items() if name not in present]:
+            self._forget_start(start)
+        for name, key in present.items():
+            start = self._starts.setdefault(name, _StartTime(name))
+            # A listing made within the kernel's clock tick of a change can lack the change and yet bear its
+            # mtime, so one is believed only when made a while after that mtime was first seen.
+            listing = hints.everything or key != start.key or start.due <= self._now
+            if listing:
+                start.due = _NEVER if key == start.key else self._at() + self._settle
+                start.key = key
+            if listing or name in wanted:
+                self._scan_start_time(root, start, hints, wanted.get(name, set()), listing=listing)
+
+    def _start_times(self, root: int) -> dict[bytes, tuple[int, ...]]:
+        """The start-time directories, each with what tells whether something came or went in it."""
+        found: dict[bytes, tuple[int, ...]] = {}
+        for text in os.listdir(root):
+            name = os.fsencode(text)
+            if name.startswith(b"."):
+                continue
+            if name not in self._starts and parse_start_time(name) is None:
+                self._name_once(name, "it is no start time")
+                continue
+            info = _look_up(name, root)
+            if info is None:
+                continue
+            if stat.S_ISDIR(info.st_mode):
+                found[name] = (info.st_dev, info.st_ino, info.st_mtime_ns, info.st_ctime_ns)
+            else:
+                self._name_once(
+                    name, "it is a link" if stat.S_ISLNK(info.st_mode) else "it is not a directory"
+                )
+        return found
+
+    def _name_once(self, name: bytes, why: str) -> None:
+        if name not in self._named and len(self._named) < _MAX_NAMED:
+            self._named.add(name)
+            self._log(f"cannot use {show(self._path + b'/' + name)}: {why}")
+
+    def _scan_start_time(
+        self, root: int, start: _StartTime, hints: _Hints, wanted: set[bytes], *, listing: bool
+    ) -> None:
+        try:
+            fd = os.open(start.name, _DIRECTORY, dir_fd=root)
+        except OSError:
+            return  # vanished, or swapped, just now: the next scan sees what it is
+        try:
+            reason = _distrust(os.fstat(fd), show(start.name), self._trusted)
+            if listing:
+                wanted = wanted | self._list(fd, start)
+            everything = hints.everything or reason is not None or start.name in hints.vanished
+            for directory in list(start.entries) if everything else wanted:
+                entry = start.entries.get(directory)
+                if entry is not None and reason is not None:
+                    self._refuse(entry, reason)
+                elif entry is not None:
+                    self._scan_vmr(fd, start, entry, hints)
+        finally:
+            os.close(fd)
+
+    def _list(self, fd: int, start: _StartTime) -> set[bytes]:
+        """Note which VMR directories came and went; the names of those that came."""
+        found: dict[bytes, int] = {}
+        with os.scandir(fd) as items:
+            for item in items:
+                name = os.fsencode(item.name)
+                if not is_vmr_directory(name):
+                    continue
+                if item.is_symlink() or item.is_dir(follow_symlinks=False):
+                    found[name] = item.inode()
+                else:
+                    self._name_once(start.name + b"/" + name, "it is not a directory")
+        for entry in list(start.entries.values()):
+            if found.get(entry.directory) != entry.inode:
+                self._forget(start, entry)
+        came = found.keys() - start.entries.keys()
+        for name in came:
+            start.entries[name] = _Entry(start.name, name, found[name])
+        return came
+
+    def _scan_vmr(self, parent: int, start: _StartTime, entry: _Entry, hints: _Hints) -> None:
+        # The cases:
+        #   an event told of its end, and its script is another   a new one, even if it was never seen missing:
+        #                                                         what is made next often gets the same inode
+        #   done, script as it was, or not all is looked at       nothing to see
+        #   anything else                                         look
+        vanished = entry.name in hints.vanished or start.name in hints.vanished
+        if vanished or (entry.done and hints.everything):
+            info = _look_up(entry.directory + b"/" + os.fsencode(SCRIPT), parent)
+            changed = info is not None and _identity(info) != entry.script
+            if vanished and changed:
+                self._forget(start, entry)
+                entry = start.entries[entry.directory] = _Entry(start.name, entry.directory, entry.inode)
+            elif entry.done and not changed:
+                return
+        elif entry.done and entry.staging is Staging.READY:
+            return
+        if entry.staging is not Staging.SETTLING or hints.everything or entry.due <= self._at():
+            self._look(parent, entry, hints)
+
+    def _look(self, parent: int, entry: _Entry, hints: _Hints) -> None:
+        at = self._at()
+        try:
+            fd = os.open(entry.directory, _DIRECTORY, dir_fd=parent)
+        except FileNotFoundError:
+            return  # the next listing lacks it
+        except OSError as error:
+            info = _look_up(entry.directory, parent)
+            is_link = info is not None and stat.S_ISLNK(info.st_mode)
+            self._refuse(entry, "its directory is a link" if is_link else f"its directory: {error.strerror}")
+            return
+        try:
+            reason = self._look_inside(fd, entry, at, touched=entry.name in hints.touched)
+        finally:
+            os.close(fd)
+        if reason is not None:
+            self._refuse(entry, reason)
+
+    def _look_inside(self, fd: int, entry: _Entry, at: float, *, touched: bool) -> Optional[str]:
+        """See how far it is, or say why it is refused. Ready is what two looks, ``settle`` apart, saw the same."""
+        info, script = os.fstat(fd), _look_up(SCRIPT, fd)
+        reason = _distrust(info, "its directory", self._trusted)
+        if reason is None and script is not None:
+            reason = _distrust_script(script, self._trusted)
+        if reason is not None:
+            return reason
+        complete = script is not None and bool(script.st_mode & stat.S_IXUSR)
+        if script is not None and complete and script.st_mode & _OTHERS_WRITE:
+            reason = _mend(fd, self._trusted)
+            if reason is not None:
+                return reason
+            script = _look_up(SCRIPT, fd)
+
+        surface = (_signature(info), _signature(script) if script is not None else None)
+        contents = entry.contents
+        idle = at - entry.changed
+        if complete or at - entry.walked >= (_WALK_S if idle < _WALK_STALE_S else _WALK_STALE_S):
+            rows: list[tuple[object, ...]] = []
+            _walk(fd, rows)
+            contents, entry.walked = hash(tuple(rows)), at
+        differs = (surface, contents) != (entry.surface, entry.contents) or entry.staging is Staging.REFUSED
+        if differs or (touched and not complete):
+            entry.changed = at
+        entry.surface, entry.contents = surface, contents
+        entry.script = None if script is None else _identity(script)
+        entry.reason = ""
+        if not complete:
+            entry.staging, entry.committed, entry.restarts, entry.due = Staging.STAGING, None, 0, _NEVER
+        else:
+            if entry.committed is None:
+                entry.committed = at
+            # A tree still written to after its x bit was set is walked less and less often.
+            entry.restarts = entry.restarts + 1 if differs and entry.staging is Staging.SETTLING else 0
+            entry.due = entry.changed + self._settle * 2 ** min(entry.restarts, _MAX_DOUBLINGS)
+            ready = not differs and at >= entry.due
+            entry.staging = Staging.READY if ready else Staging.SETTLING
+        self._publish(entry)
+        return None
+
+    def _refuse(self, entry: _Entry, reason: str) -> None:
+        if entry.staging is not Staging.REFUSED:
+            entry.changed = self._at()
+        entry.staging, entry.reason, entry.due, entry.committed = Staging.REFUSED, reason, _NEVER, None
+        self._publish(entry)
+
+    def _publish(self, entry: _Entry) -> None:
+        name = entry.name
+        vmr = Vmr(name, entry.staging, entry.changed, entry.committed, entry.script, entry.reason)
+        if self._vmrs.get(name) != vmr:
+            self._vmrs[name] = vmr
+            self._changed.add(name)
+        if entry.staging is Staging.READY:
+            entry.due = _NEVER
+            self._unready.pop(name, None)
+        else:
+            self._unready[name] = entry
+
+    def _forget(self, start: _StartTime, entry: _Entry) -> None:
+        del start.entries[entry.directory]
+        self._unready.pop(entry.name, None)
+        self._changed.discard(entry.name)
+        self._events.ignored.discard(entry.name)
+        if self._vmrs.pop(entry.name, None) is not None:
+            self._gone.add(entry.name)
+
+    def _forget_start(self, start: _StartTime) -> None:
+        for entry in list(start.entries.values()):
+            self._forget(start, entry)
+        del self._starts[start.name]
+
+
+class _StartTime:
+    """A start-time directory as last listed."""
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+        self.entries: dict[bytes, _Entry] = {}
+        self.key: tuple[int, ...] = ()
+        self.due = _NEVER
+        """When it must be listed again though its mtime stays."""
+
+
+class _Entry:
+    """A VMR's directory as last looked at."""
+
+    __slots__ = (
+        "changed", "committed", "contents", "directory", "done", "due", "inode", "name", "reason", "restarts",
+        "script", "staging", "surface", "walked",
+    )  # fmt: skip
+
+    def __init__(self, start_time: bytes, directory: bytes, inode: int) -> None:
+        self.name = start_time + b"/" + directory
+        self.directory = directory
+        self.inode = inode
+        self.staging = Staging.STAGING
+        self.changed = 0.0
+        self.committed: Optional[float] = None
+        self.script: Optional[Identity] = None
+        self.reason = ""
+        self.done = False
+        self.due = _NEVER
+        self.restarts = 0
+        """How often a change was seen since the x bit was."""
+        self.surface: object = None
+        """What can be seen without a walk."""
+        self.contents = 0
+        self.walked = -_NEVER
+
+
+def _look_up(name: Union[str, bytes], parent: int) -> Optional[os.stat_result]:
+    """What is there, unfollowed; None when nothing is, or nothing that can be seen."""
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except OSError:
+        return None
+
+
+def _identity(script: os.stat_result) -> Identity:
+    return (script.st_dev, script.st_ino, script.st_ctime_ns)
+
+
+def _signature(info: os.stat_result) -> tuple[int, ...]:
+    return (info.st_ino, info.st_mode, info.st_uid, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+def _walk(fd: int, rows: list[tuple[object, ...]], depth: int = 0) -> None:
+    """Append a row for each file below, such that any change changes a row."""
+    try:
+        with os.scandir(fd) as items:
+            for item in items:
+                if len(rows) >= _MAX_FILES:
+                    return
+                info = _look_up(item.name, fd)
+                if info is None:
+                    continue
+                rows.append((depth, item.name, _signature(info)))
+                if stat.S_ISDIR(info.st_mode) and depth < _MAX_DEPTH:
+                    below = os.open(item.name, _DIRECTORY, dir_fd=fd)
+                    try:
+                        _walk(below, rows, depth + 1)
+                    finally:
+                        os.close(below)
+    except OSError:
+        rows.append((depth, None))  # vanished under the walk, or not to be read
+
+
+def _distrust(info: os.stat_result, what: str, trusted: frozenset[int]) -> Optional[str]:
+    """Why others than those trusted could change what is in a directory, if they could."""
+    if info.st_uid not in trusted:
+        return f"{what} belongs to user {info.st_uid}"
+    if info.st_mode & _OTHERS_WRITE:
+        return f"{what} can be written to by others (mode {stat.S_IMODE(info.st_mode):04o})"
+    return None
+
+
+def _distrust_script(script: os.stat_result, trusted: frozenset[int]) -> Optional[str]:
+    if stat.S_ISLNK(script.st_mode):
+        return f"{SCRIPT} is a link"
+    if not stat.S_ISREG(script.st_mode):
+        return f"{SCRIPT} is not a regular file"
+    if script.st_uid not in trusted:
+        return f"{SCRIPT} belongs to user {script.st_uid}"
+    return None
+
+
+def _mend(fd: int, trusted: frozenset[int]) -> Optional[str]:
+    """Take the script from the hands of others (qemu-ga makes files 0666); why not, if it can't be done.
+
+    Only the script: it is what root runs. What else others may write to is the VMR's own business.
+    """
+    try:
+        # Non-blocking, for it could be a FIFO by now.
+        script = os.open(SCRIPT, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+    except OSError as error:
+        return f"{SCRIPT} can be written to by others: {error.strerror}"
+    try:
+        info = os.fstat(script)
+        reason = _distrust_script(info, trusted)
+        if reason is None:
+            os.fchmod(script, stat.S_IMODE(info.st_mode) & ~_OTHERS_WRITE)
+        return reason
+    except OSError as error:
+        return f"{SCRIPT} can be written to by others: {error.strerror}"
+    finally:
+        os.close(script)
+
+
+def _trace(path: bytes, trusted: frozenset[int]) -> tuple[bytes, Optional[str]]:
+    """Where a path leads, link by link, and why the way can't be trusted, if it can't.
+
+    Whoever may write to a directory on the way may put another in the place of the next.
+    """
+    real, todo, links, wrong = b"/", path.split(b"/")[::-1], 0, None
+    while todo:
+        part = todo.pop()
+        if part in (b"", b"."):
+            continue
+        if part == b"..":
+            real = os.path.dirname(real)
+            continue
+        here = os.path.join(real, part)
+        try:
+            info = os.lstat(here)
+            target = os.readlink(here) if stat.S_ISLNK(info.st_mode) else None
+        except OSError:
+            return os.path.join(here, *todo[::-1]), wrong  # opening it says what it is
+        if target is None:
+            sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
+            if todo and not (sticky and info.st_uid in trusted):
+                wrong = wrong or _distrust(info, show(here), trusted)
+            real = here
+        elif links == _MAX_LINKS:
+            return path, wrong  # as above
+        else:
+            links += 1
+            if info.st_uid not in trusted:
+                wrong = wrong or f"{show(here)} belongs to user {info.st_uid}"
+            if target.startswith(b"/"):
+                real = b"/"
+            todo += target.split(b"/")[::-1]
+    return real, wrong
+
+
+@dataclass(frozen=True)
+class _Hints:
+    """What events told of since the last scan. Nothing in it need be true still."""
+
+    touched: frozenset[bytes]
+    """VMRs in which something changed."""
+    vanished: frozenset[bytes]
+    """VMRs and start times whose directory went away; there may be another by now."""
+    everything: bool
+    """Too much was told to be kept."""
+
+
+class _Events:
+    """watchdog's observer, and what its threads told of: all that other threads touch is in here."""
+
+    def __init__(self) -> None:
+        self.heard = False
+        self.ignored: set[bytes] = set()
+        """VMRs whose contents mean nothing any more; a script that writes beside itself must not keep us awake."""
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._touched: set[bytes] = set()
+        self._vanished: set[bytes] = set()
+        self._everything = False
+        self._observer: Any = None
+        self._threads: list[threading.Thread] = []
+
+    def fileno(self) -> int:
+        return self._read
+
+    def start(self, path: bytes) -> None:
+        """Watch the tree at ``path``; raises whatever watchdog does."""
+        # Imported here, as it takes 43 ms that a verb must not pay.
+        import watchdog.events as kinds
+        from watchdog.observers.inotify import InotifyObserver
+
+        # 7.1 warns of watches it made twice, at length.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"watchdog\.")
+        logging.getLogger("watchdog").addHandler(logging.NullHandler())
+        prefix = path.rstrip(b"/") + b"/"
+        hear = self._hear
+
+        class Handler(kinds.FileSystemEventHandler):
+            def dispatch(self, event: kinds.FileSystemEvent) -> None:
+                hear(prefix, event.event_type, event.src_path, getattr(event, "dest_path", ""))
+
+        before = set(threading.enumerate())
+        observer = InotifyObserver()
+        options: dict[str, Any] = {}
+        if "event_filter" in inspect.signature(observer.schedule).parameters:
+            # Newer ones tell of each open and close too: our own scans would make a storm of events.
+            names = ["FileClosedEvent"]
+            names += [
+                f"{what}{kind.title()}Event" for what in ("File", "Dir") for kind in _KINDS - {"closed"}
+            ]
+            options["event_filter"] = [getattr(kinds, name) for name in names if hasattr(kinds, name)]
+        try:
+            observer.schedule(Handler(), os.fsdecode(path), recursive=True, **options)
+            observer.start()
+        except BaseException:
+            _stop(observer)
+            raise
+        self._observer = observer
+        # There are two or three, and each can die alone, of a KeyError in watchdog.
+        self._threads = [thread for thread in threading.enumerate() if thread not in before]
+
+    def alive(self) -> bool:
+        return self._observer is not None and all(thread.is_alive() for thread in self._threads)
+
+    def stop(self) -> None:
+        if self._observer is not None:
+            _stop(self._observer)
+            self._observer = None
+
+    def close(self) -> None:
+        self.stop()
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._read)
+                os.close(self._write)
+
+    def take(self) -> _Hints:
+        with self._lock:
+            hints = _Hints(frozenset(self._touched), frozenset(self._vanished), self._everything)
+            self._touched.clear()
+            self._vanished.clear()
+            self._everything = False
+            if self.heard and not self._closed:
+                os.read(self._read, 1)
+            self.heard = False
+        return hints
+
+    def _hear(self, prefix: bytes, kind: str, source: Union[str, bytes], target: Union[str, bytes]) -> None:
+        # In watchdog's thread, which an exception would end.
+        try:
+            if kind not in _KINDS:
+                return
+            touched: set[bytes] = set()
+            vanished: set[bytes] = set()
+            relevant = False
+            for path, goes in ((source, kind in ("deleted", "moved")), (target, False)):
+                raw = os.fsencode(path or "")
+                parts = raw[len(prefix) :].split(b"/", 2) if raw.startswith(prefix) else []
+                name = b"/".join(parts[:2])
+                if len(parts) > 1:
+                    if name in self.ignored and (len(parts) > 2 or kind not in _COMES_OR_GOES):
+                        continue
+                    touched.add(name)
+                if goes and len(parts) in (1, 2):
+                    vanished.add(name)
+                relevant = relevant or bool(raw)
+            if relevant:
+                self._note(touched, vanished)
+        except Exception:
+            self._note(set(), set(), everything=True)
+
+    def _note(self, touched: set[bytes], vanished: set[bytes], *, everything: bool = False) -> None:
+        with self._lock:
+            self._everything = self._everything or everything
+            if len(self._touched) + len(self._vanished) < _MAX_HINTS:
+                self._touched |= touched
+                self._vanished |= vanished
+            else:
+                self._everything = True
+            if not self.heard and not self._closed:
+                self.heard = True
+                os.write(self._write, b"!")
+
+
+def _stop(observer: Any) -> None:
+    # It joins its threads, and one that hangs in watchdog must not take the daemon along.
+    thread = threading.Thread(target=observer.stop, daemon=True)
+    thread.start()
+    thread.join(1.0)
