@@ -277,6 +277,7 @@ class VmRenderer:
         if self._render():  # written between the last look and the renaming
             return True
         self._end_life()
+        self._write()
         return True
 
     @property
@@ -602,6 +603,11 @@ class Renderer:
                 if not data:
                     give_up = time.monotonic() + GIVE_UP
                 turn |= self._named(data)
+
+    def close(self) -> None:
+        for renderer in self._renderers.values():
+            renderer.reset()
+        os.close(self._root)
 
     def _named(self, data: bytes) -> set[str]:
         """The VMs that a wake names; all for an empty line, the end, and so much that some may have been lost."""
