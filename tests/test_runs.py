@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+
 from vmr_agent.runs import (
     Ending,
     RunResult,

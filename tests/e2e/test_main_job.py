@@ -189,9 +189,11 @@ def test_a_killed_shim_gives_lost_with_all_it_had_captured(world: World) -> None
     shim = int(Path(f"/proc/{script}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(shim, signal.SIGKILL)
     os.kill(script, signal.SIGKILL)
-    row = world.complete("-1/victim")
-    assert row["state"] == "lost" and "shim" in row["error"]
+    until(lambda: (world.result("-1/victim") or {})["state"] == "lost", "it is lost on the host too")
+    row = world.result("-1/victim")
+    assert row is not None and row["error"] == "its shim was killed" and row["complete"] is False
     assert world.raw("-1/victim") == b"captured\n"
+    until(lambda: "lost: its shim was killed" in world.log(), "a line in Server.log")
 
 
 def test_several_vms_in_one_collector(make_world: Callable[..., World], tmp_path: Path) -> None:

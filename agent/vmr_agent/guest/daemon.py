@@ -386,6 +386,7 @@ class Daemon:
 
     def _follow(self, run: Run) -> None:
         self._live[run.info.run] = run
+        self._next_idle = min(self._next_idle, boottime() + LIVE)
         self._shipper.add(run)
 
     def _follow_runner(self) -> None:

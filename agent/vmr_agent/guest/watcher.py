@@ -177,6 +177,8 @@ class Watcher:
                     for start in self._starts.values():
                         for entry in start.entries.values():
                             self._refuse(entry, self._problem)
+            except OSError as error:  # nothing that vanishes raises, so the file system itself fails
+                self._problem = f"cannot use {show(self._path)}: {error.strerror}"
             finally:
                 os.close(root)
         waiting: tuple[Union[_Entry, _StartTime], ...] = (*self._unready.values(), *self._starts.values())

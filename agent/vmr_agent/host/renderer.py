@@ -47,7 +47,7 @@ from vmr_agent.host.journal import (
     vm_segment,
     write_temporary,
 )
-from vmr_agent.runs import Stream, run_path
+from vmr_agent.runs import Ending, Stream, run_path
 from vmr_agent.wire import messages
 
 CHECKPOINT_EVERY = 1.0
@@ -94,10 +94,12 @@ class _Run:
         self.lines = {stream: _Line() for stream in Stream}
         self.exit: Optional[messages.Exit] = None
         """Its exit, until it is shown: the bytes it counts come first."""
+        self.lost = False
 
     def to_json(self) -> dict[str, Any]:
         return {
             "run": to_hex(self.message),
+            "lost": self.lost,
             "exit": to_hex(self.exit) if self.exit else None,
             "lines": [line.to_json() for line in self.lines.values()],
         }
@@ -106,6 +108,7 @@ class _Run:
     def from_json(cls, row: dict[str, Any]) -> _Run:
         run = cls(from_hex(row["run"]))
         run.exit = from_hex(row["exit"]) if row["exit"] else None
+        run.lost = row["lost"]
         run.lines = {stream: _Line(*values) for stream, values in zip(Stream, row["lines"])}
         return run
 
@@ -455,12 +458,13 @@ class VmRenderer:
             self._show_exit(run)
         elif isinstance(message, messages.Exit):
             run.exit = message
+            run.lost = message.ending == Ending.LOST.value
             self._show_exit(run)
         else:
             self._show_exit(run, all_came=True)
             for stream in Stream:
                 self._show_rest(run, stream)
-            if message.reason:
+            if message.reason and not run.lost:  # else the exit line has said it
                 ns = max(line.ns for line in run.lines.values()) or run.message.started + self._skew
                 self._say(firewheel_log.capture_ended_line(ns, run.origin, message.reason))
             del self._runs[message.run]
