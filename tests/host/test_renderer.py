@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 
 from tests.host import said
 from tests.host.said import ERR, OTHER, OUT, RUN, SECOND, T
-from vmr_agent.host import renderer
+from vmr_agent.host import vmlogs
 from vmr_agent.host.firewheel_log import LINE_LIMIT
 from vmr_agent.host.logstore import LogStore
 from vmr_agent.host.renderer import Renderer, RendererProcess
-from vmr_agent.runs import Stream
+from vmr_agent.runs import Ending, Stream
 
 Tell = Callable[[LogStore], object]
 
@@ -57,11 +57,12 @@ def send(store: LogStore, data: bytes, stream: Stream = OUT, *, run: bytes = RUN
         store.output(said.output(piece, offset + begin, stream, run=run, marks=marks))
 
 
-def finish(store: LogStore, run: bytes = RUN, **fields: Any) -> None:
+def finish(store: LogStore, run: bytes = RUN, *, reason: str = "", **fields: Any) -> None:
     assert store._life is not None
     lengths = [held.held for held in store._life._runs[run].streams.values()]
     store.exit(said.exit(*lengths, run=run, **fields))
-    store.closed(said.closed(*lengths, run=run))
+    store.sync()
+    store.closed(said.closed(*lengths, run=run, reason=reason))
 
 
 def render(log_dir: Path, *vms: str) -> None:
@@ -234,6 +235,21 @@ def test_an_exit_waits_for_the_bytes_it_counts(tmp_path: Path) -> None:
     assert "later" in msgs(tmp_path)
 
 
+@pytest.mark.parametrize("ending", list(Ending))
+def test_an_end_of_capture_is_said_once(tmp_path: Path, ending: Ending) -> None:
+    """A lost run's exit line has said it, also when the logs were noted in between."""
+    with opened(tmp_path) as store:
+        store.run(said.run())
+        store.exit(said.exit(ending=ending.value, value=1, text="its shim died"))
+        store.sync()
+        render(tmp_path)
+        store.closed(said.closed(reason="its shim died"))
+        store.sync()
+    render(tmp_path)
+    said_so = [line for line in log(tmp_path) if "capture ended early" in line]
+    assert len(said_so) == (0 if ending is Ending.LOST else 1)
+
+
 def test_a_gap_is_named(tmp_path: Path) -> None:
     told(
         tmp_path,
@@ -373,7 +389,8 @@ def experiment(log_dir: Path, seed: int) -> None:
                     elif act < 0.85:
                         store.gap(said.gap(held, 5, stream, run=each))
                     elif act < 0.9 and len(live) > 1:
-                        finish(store, live.pop(live.index(each)))
+                        ending = chance.choice(list(Ending))
+                        finish(store, live.pop(live.index(each)), ending=ending.value, reason="its shim died")
                     if chance.random() < 0.3:
                         store.sync()
             store.sync()
@@ -387,7 +404,7 @@ class Stopped(Exception):
     pass
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10**6), data=st.data())
 def test_a_rendering_stopped_anywhere_ends_as_one_that_was_not(
     tmp_path_factory: pytest.TempPathFactory, seed: int, data: st.DataObject
@@ -399,7 +416,7 @@ def test_a_rendering_stopped_anywhere_ends_as_one_that_was_not(
     render(whole)
     for _ in range(data.draw(st.integers(1, 5))):
         stopping = Renderer(stopped, ["vm1"])
-        part = stopping._renderers["vm1"]
+        part = stopping._logs["vm1"]
         budget = data.draw(st.integers(0, 60))
         real, count = part._record, 0
 
@@ -437,7 +454,7 @@ def test_rendering_in_small_turns_gives_the_same(
     experiment(whole, 1)
     shutil.copytree(whole, turns)
     render(whole)
-    monkeypatch.setattr(renderer, "SLICE", size)
+    monkeypatch.setattr(vmlogs, "SLICE", size)
     render(turns)
     assert both(turns) == both(whole)
 

@@ -276,6 +276,7 @@ class Life:
         if not crossed:
             self._all_durable()
         if self._size < size:
+            self._log(f"the journal's last {size - self._size} bytes did not become durable and are cut off")
             os.ftruncate(self._journal, self._size)
             # The last mark may have stood behind what was cut, and what it covers must never be doubted.
             self.append(Kind.MARK, MARK.pack(marked))
