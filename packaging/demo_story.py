@@ -50,7 +50,7 @@ def experiment(root: str, launch: str) -> dict[str, bytes]:
     staged: dict[str, bytes] = {}
     staged.update(vmr("-5", "drop_file", f"cp file.txt {root}/opt/file.txt", {"file.txt": bytes(noise)}))
     staged.update(
-        vmr("-4", "compress.py", "./compress.py", {"compress.py": COMPRESS.format(root=root).encode()})
+        vmr("-4", "compress.py", "{launch}/-4/compress.py/compress.py", {"compress.py": COMPRESS.format(root=root).encode()})
     )
     staged.update(vmr("-3", "tar", f"tar -C {root}/tmp -xvzf {root}/tmp/out.tgz"))
     staged.update(vmr("-2", "head", f"head {root}/tmp/file.txt"))

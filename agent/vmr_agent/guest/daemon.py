@@ -190,7 +190,8 @@ class Daemon:
         idle = now >= self._next_idle
         full = idle and now >= self._next_full
         self._reap()
-        self._watch(now, full=full)
+        if idle or self._watcher.due(now):
+            self._watch(now, full=full)
         if idle:
             self._idle(now, full=full)
         if self._wake is not None and now >= self._wake:
@@ -243,7 +244,8 @@ class Daemon:
                 self._log(f"refused {show(name)}: {vmr.reason}")
             self._roster.staged(name, vmr)
             entry = self._roster.get(name)
-            if known is None and entry is not None and entry.unfinished:
+            if known is None and entry is not None and entry.latest is not None:
+                self._watcher.done(name)
                 for run in entry.unfinished.values():
                     self._follow(run)
         if changed or gone:
@@ -277,7 +279,7 @@ class Daemon:
 
     def _decide(self, now: float) -> None:
         self._undecided, self._wake = False, None
-        if self._reboot is not None or self._problem is not None:
+        if self._reboot is not None:
             return
         decision = decide(*self._roster.for_schedule(), self._now(now))
         self._wake = decision.wake
@@ -590,24 +592,33 @@ class Daemon:
 
     def _pump(self, now: float) -> None:
         """Write what there is to write, until the port takes no more."""
-        self._blocked = False
         self._outbox.extend(self._session.take())
+        self._blocked = False
         for _ in range(_BURST):
-            if self._port.state is not PortState.UP:
-                return
-            if not self._outbox:
-                frame = self._shipper.next(self._session) if self._session.open else None
-                if frame is None:
-                    return
-                self._outbox.append(frame)
-            data = self._outbox[0]
-            taken = self._port.write(data)
-            if taken < len(data):
-                self._blocked = True
-                self._outbox[0] = memoryview(data)[taken:]
-                return
-            self._outbox.popleft()
-        self._next_idle = now  # more to write: its edge is used up
+            if not self._write():
+                break
+        else:
+            self._next_idle = now  # more to write, and no edge will tell
+        if self._port.state is PortState.UP:
+            self._port.want_room(self._blocked)
+
+    def _write(self) -> bool:
+        """Write one frame. False when there is none, or no room for all of it."""
+        if self._port.state is not PortState.UP:
+            return False
+        if not self._outbox:
+            frame = self._shipper.next(self._session) if self._session.open else None
+            if frame is None:
+                return False
+            self._outbox.append(frame)
+        data = self._outbox[0]
+        taken = self._port.write(data)
+        if taken < len(data):
+            self._blocked = True
+            self._outbox[0] = memoryview(data)[taken:]
+            return False
+        self._outbox.popleft()
+        return True
 
     # --- the verbs ---
 
@@ -744,8 +755,7 @@ class Daemon:
         self._live.clear()
         self._roster.clear()
         self._given_up.clear()
-        for name, vmr in self._watcher.vmrs.items():
-            self._roster.staged(name, vmr)
+        self._watcher.forget()
         self._since, self._undecided = boottime(), True
         self._take(self._session.renew(boottime(), "reset"))
         return {}

@@ -18,6 +18,7 @@ from typing import Optional, Union
 READ = 256 * 1024  # the port gives at most 4,096 bytes a read, a socket as much as there is
 RETRY_FIRST, RETRY_LAST = 0.1, 1.0  # s between attempts to open
 
+_EDGES = select.EPOLLIN | select.EPOLLHUP | select.EPOLLET
 _PORTS = Path("/dev/virtio-ports")
 _CLASS = Path("/sys/class/virtio-ports")
 
@@ -42,6 +43,7 @@ class Port:
         self.reason = "not tried yet"
         self._fd = -1
         self._socket: Optional[socket.socket] = None
+        self._wants_room = False
         self._retry = RETRY_FIRST
         self._next = 0.0
         # With the host away the port polls IN and HUP for ever: a level-triggered loop would spin. So the port is
@@ -114,6 +116,13 @@ class Port:
             self._drop(self._explain(error))
             return 0
 
+    def want_room(self, wanted: bool) -> None:
+        """Whether there is more to write than was taken: only then an edge tells of room, else each write would."""
+        if self._fd >= 0 and wanted != self._wants_room:
+            self._wants_room = wanted
+            # Changing what is waited for also looks afresh, so room that came meanwhile isn't missed.
+            self._edges.modify(self._fd, _EDGES | (select.EPOLLOUT if wanted else 0))
+
     # --- inside ---
 
     def _open(self) -> None:
@@ -132,7 +141,8 @@ class Port:
                 raise OSError(errno.ENOTTY, "is no character device")
             # A script that inherited the descriptor would keep the port busy for its whole life: O_CLOEXEC.
             self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        self._edges.register(self._fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLHUP | select.EPOLLET)
+        self._wants_room = False
+        self._edges.register(self._fd, _EDGES)
 
     def _judge(self) -> None:
         if self._socket is not None:

@@ -123,6 +123,14 @@ class Watcher:
             entry.done = True
             self._events.ignored.add(name)
 
+    def forget(self) -> None:
+        """No VMR has run: history was forgotten. All of them are told again."""
+        for start in self._starts.values():
+            for entry in start.entries.values():
+                entry.done = False
+        self._events.ignored.clear()
+        self._changed |= self._vmrs.keys()
+
     # --- when to look ---
 
     def start(self) -> None:
