@@ -30,7 +30,7 @@ IO_CALLS = {"open", "print", "input", "exec", "eval", "__import__"}
 ONLY_IN = {
     "msgpack": {"wire.messages"},
     "psutil": {"guest.processes"},
-    "watchdog": {"guest.watcher"},
+    "watchdog": {"guest.events"},
     "rich": {"cli.host", "host"},
     "asyncio": {"cli.host", "host"},
 }

@@ -1,30 +1,23 @@
 """What lives here: the launch directory: which VMRs are staged, completely or not, changed, refused or gone.
 
-The scan is the truth; watchdog's events are hints that there is something to scan. Events get lost (a full
-queue, a tree moved in, a file system changed from its other side), and their threads can die.
+The scan is the truth; events are hints. Everything is looked at through descriptors of directories, without
+following links, so what was checked is what is used, whatever is swapped meanwhile. It must not know: what has run
+(but for :meth:`Watcher.done`), the schedule, the clock: times come in as CLOCK_BOOTTIME seconds.
 
-Everything is looked at through descriptors of directories, without following links, so what was checked is
-what is used, whatever is swapped meanwhile. It must not know: what has run (but for :meth:`Watcher.done`), the
-schedule, the clock: times come in as CLOCK_BOOTTIME seconds.
-
-One module of some 700 lines: the scan, its checks and the events it listens to share one idea of what a name
-is and what counts as a change, and nothing else in the guest needs any of them.
+One module of over 400 lines: the scan and its checks share one idea of what a name is and what counts as a change.
 """
 
 from __future__ import annotations
 
-import inspect
-import logging
 import os
 import stat
-import threading
 import time
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Callable, Optional, Union
 
 from vmr_agent.errors import show
+from vmr_agent.guest.events import Events, Hints
 from vmr_agent.schedule import Identity, Staging, Vmr, is_vmr_directory, parse_start_time
 
 SCRIPT = "call_arguments.sh"
@@ -47,11 +40,7 @@ _WALK_STALE_S = 30.0
 
 _MAX_DOUBLINGS = 5  # of `settle`, for a tree that is written to after its x bit was set
 _MAX_NAMED = 1000  # lines in the log about what isn't a VMR
-_MAX_HINTS = 10_000  # VMRs named by events between two scans; more mean: look at everything
 _RETRY_S = 30.0  # between two tries to get events
-
-_KINDS = frozenset({"created", "modified", "closed", "moved", "deleted", "attrib"})
-_COMES_OR_GOES = frozenset({"created", "moved", "deleted"})
 
 
 class Watcher:
@@ -82,7 +71,7 @@ class Watcher:
         self._named: set[bytes] = set()
         self._now = self._tick = 0.0
         self._due = _NEVER
-        self._events = _Events()
+        self._events = Events()
         self._want_events = events
         self._watched: Optional[tuple[int, int]] = None
         self._tried: Optional[tuple[int, int]] = None
@@ -239,7 +228,7 @@ class Watcher:
         else:
             self._watched = identity
 
-    def _scan_root(self, root: int, hints: _Hints) -> None:
+    def _scan_root(self, root: int, hints: Hints) -> None:
         wanted: dict[bytes, set[bytes]] = {}
         for name in hints.touched.union(hints.vanished, self._unready):
             start_time, _, directory = name.partition(b"/")
@@ -285,7 +274,7 @@ class Watcher:
             self._log(f"cannot use {show(self._path + b'/' + name)}: {why}")
 
     def _scan_start_time(
-        self, root: int, start: _StartTime, hints: _Hints, wanted: set[bytes], *, listing: bool
+        self, root: int, start: _StartTime, hints: Hints, wanted: set[bytes], *, listing: bool
     ) -> None:
         try:
             fd = os.open(start.name, _DIRECTORY, dir_fd=root)
@@ -325,7 +314,7 @@ class Watcher:
             start.entries[name] = _Entry(start.name, name, found[name])
         return came
 
-    def _scan_vmr(self, parent: int, start: _StartTime, entry: _Entry, hints: _Hints) -> None:
+    def _scan_vmr(self, parent: int, start: _StartTime, entry: _Entry, hints: Hints) -> None:
         # The cases:
         #   an event told of its end, and its script is another   a new one, even if it was never seen missing:
         #                                                         what is made next often gets the same inode
@@ -345,7 +334,7 @@ class Watcher:
         if entry.staging is not Staging.SETTLING or hints.everything or entry.due <= self._at():
             self._look(parent, entry, hints)
 
-    def _look(self, parent: int, entry: _Entry, hints: _Hints) -> None:
+    def _look(self, parent: int, entry: _Entry, hints: Hints) -> None:
         at = self._at()
         try:
             fd = os.open(entry.directory, _DIRECTORY, dir_fd=parent)
@@ -586,141 +575,3 @@ def _trace(path: bytes, trusted: frozenset[int]) -> tuple[bytes, Optional[str]]:
                 real = b"/"
             todo += target.split(b"/")[::-1]
     return real, wrong
-
-
-@dataclass(frozen=True)
-class _Hints:
-    """What events told of since the last scan. Nothing in it need be true still."""
-
-    touched: frozenset[bytes]
-    """VMRs in which something changed."""
-    vanished: frozenset[bytes]
-    """VMRs and start times whose directory went away; there may be another by now."""
-    everything: bool
-    """Too much was told to be kept."""
-
-
-class _Events:
-    """watchdog's observer, and what its threads told of: all that other threads touch is in here."""
-
-    def __init__(self) -> None:
-        self.heard = False
-        self.ignored: set[bytes] = set()
-        """VMRs whose contents mean nothing any more; a script that writes beside itself must not keep us awake."""
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._lock = threading.Lock()
-        self._closed = False
-        self._touched: set[bytes] = set()
-        self._vanished: set[bytes] = set()
-        self._everything = False
-        self._observer: Any = None
-        self._threads: list[threading.Thread] = []
-
-    def fileno(self) -> int:
-        return self._read
-
-    def start(self, path: bytes) -> None:
-        """Watch the tree at ``path``; raises whatever watchdog does."""
-        # Imported here, as it takes 43 ms that a verb must not pay.
-        import watchdog.events as kinds
-        from watchdog.observers.inotify import InotifyObserver
-
-        # 7.1 warns of watches it made twice, at length.
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"watchdog\.")
-        logging.getLogger("watchdog").addHandler(logging.NullHandler())
-        prefix = path.rstrip(b"/") + b"/"
-        hear = self._hear
-
-        class Handler(kinds.FileSystemEventHandler):
-            def dispatch(self, event: kinds.FileSystemEvent) -> None:
-                hear(prefix, event.event_type, event.src_path, getattr(event, "dest_path", ""))
-
-        before = set(threading.enumerate())
-        observer = InotifyObserver()
-        options: dict[str, Any] = {}
-        if "event_filter" in inspect.signature(observer.schedule).parameters:
-            # Newer ones tell of each open and close too: our own scans would make a storm of events.
-            names = ["FileClosedEvent"]
-            names += [
-                f"{what}{kind.title()}Event" for what in ("File", "Dir") for kind in _KINDS - {"closed"}
-            ]
-            options["event_filter"] = [getattr(kinds, name) for name in names if hasattr(kinds, name)]
-        try:
-            observer.schedule(Handler(), os.fsdecode(path), recursive=True, **options)
-            observer.start()
-        except BaseException:
-            _stop(observer)
-            raise
-        self._observer = observer
-        # There are two or three, and each can die alone, of a KeyError in watchdog.
-        self._threads = [thread for thread in threading.enumerate() if thread not in before]
-
-    def alive(self) -> bool:
-        return self._observer is not None and all(thread.is_alive() for thread in self._threads)
-
-    def stop(self) -> None:
-        if self._observer is not None:
-            _stop(self._observer)
-            self._observer = None
-
-    def close(self) -> None:
-        self.stop()
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                os.close(self._read)
-                os.close(self._write)
-
-    def take(self) -> _Hints:
-        with self._lock:
-            hints = _Hints(frozenset(self._touched), frozenset(self._vanished), self._everything)
-            self._touched.clear()
-            self._vanished.clear()
-            self._everything = False
-            if self.heard and not self._closed:
-                os.read(self._read, 1)
-            self.heard = False
-        return hints
-
-    def _hear(self, prefix: bytes, kind: str, source: Union[str, bytes], target: Union[str, bytes]) -> None:
-        # In watchdog's thread, which an exception would end.
-        try:
-            if kind not in _KINDS:
-                return
-            touched: set[bytes] = set()
-            vanished: set[bytes] = set()
-            relevant = False
-            for path, goes in ((source, kind in ("deleted", "moved")), (target, False)):
-                raw = os.fsencode(path or "")
-                parts = raw[len(prefix) :].split(b"/", 2) if raw.startswith(prefix) else []
-                name = b"/".join(parts[:2])
-                if len(parts) > 1:
-                    if name in self.ignored and (len(parts) > 2 or kind not in _COMES_OR_GOES):
-                        continue
-                    touched.add(name)
-                if goes and len(parts) in (1, 2):
-                    vanished.add(name)
-                relevant = relevant or bool(raw)
-            if relevant:
-                self._note(touched, vanished)
-        except Exception:
-            self._note(set(), set(), everything=True)
-
-    def _note(self, touched: set[bytes], vanished: set[bytes], *, everything: bool = False) -> None:
-        with self._lock:
-            self._everything = self._everything or everything
-            if len(self._touched) + len(self._vanished) < _MAX_HINTS:
-                self._touched |= touched
-                self._vanished |= vanished
-            else:
-                self._everything = True
-            if not self.heard and not self._closed:
-                self.heard = True
-                os.write(self._write, b"!")
-
-
-def _stop(observer: Any) -> None:
-    # It joins its threads, and one that hangs in watchdog must not take the daemon along.
-    thread = threading.Thread(target=observer.stop, daemon=True)
-    thread.start()
-    thread.join(1.0)
