@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import selectors
 import socket
 import struct
 from collections.abc import Mapping
@@ -20,19 +21,23 @@ from vmr_agent.errors import Problem
 SOCKET = "control"
 _MAX_LINE = 64 * 1024
 MAX_CLIENTS = 64
-_MAX_UNREAD = (
-    1 << 20
-)  # bytes a client may leave unread before it is let go: a stopped shell must cost nothing
+_MAX_UNREAD = 1 << 20  # bytes; a client that left more than this unread is told nothing else, but let go
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 def listen(path: Path) -> socket.socket:
-    """The listening socket, 0600. An old one there was left by a daemon that died: the spool's lock says so."""
+    """The listening socket, 0600. An old one there was left by a daemon that died: the caller has made sure.
+
+    Raises OSError where there can be none.
+    """
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     old = os.umask(0o177)
     try:
         sock.bind(os.fspath(path))
+    except OSError:
+        sock.close()
+        raise
     finally:
         os.umask(old)
     sock.listen(MAX_CLIENTS)
@@ -47,7 +52,11 @@ def may_ask(sock: socket.socket) -> bool:
 
 
 class Client:
-    """One verb at the daemon's end: lines in, lines out, never blocking."""
+    """One verb at the daemon's end: lines in, lines out, never blocking.
+
+    Whoever has it watches its socket as :attr:`events` says, which any call may change, and lets it go when
+    that is 0: it has heard all there is to say, or says and hears nothing.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -56,27 +65,36 @@ class Client:
         """The run whose events it wants."""
         self._in = b""
         self._out = b""
+        self._listening = True
 
     def fileno(self) -> int:
         return self.sock.fileno()
 
     @property
-    def wants_to_write(self) -> bool:
-        return bool(self._out)
+    def events(self) -> int:
+        """What to wait for, in the words of `selectors`; 0: it can be let go."""
+        reading = selectors.EVENT_READ if self._listening else 0
+        return reading | (selectors.EVENT_WRITE if self._out else 0)
 
-    def read(self) -> Optional[list[Mapping[str, Any]]]:
-        """The requests that came; None when the client is gone or talks nonsense."""
+    def read(self) -> list[Mapping[str, Any]]:
+        """The requests that came."""
+        if not self._listening:
+            return []
         try:
             data = self.sock.recv(_MAX_LINE)
         except BlockingIOError:
             return []
         except OSError:
-            return None
+            self._give_up()
+            return []
         if not data:
-            return None
+            # It has said all it wanted, as `socat` does at the end of its input; what it asked for it gets.
+            self._listening, self.watching = False, None
+            return []
         *lines, self._in = (self._in + data).split(b"\n")
         if len(self._in) > _MAX_LINE:
-            return None
+            self._give_up()
+            return []
         requests: list[Mapping[str, Any]] = []
         for line in lines:
             try:
@@ -91,20 +109,31 @@ class Client:
             requests.append(request)
         return requests
 
-    def say(self, row: Mapping[str, Any]) -> bool:
-        """Queue a line; False when the client is gone or doesn't read."""
+    def say(self, row: Mapping[str, Any]) -> None:
+        """Tell it something, however long; not all of it need be gone when this returns."""
+        if len(self._out) > _MAX_UNREAD:
+            self._give_up()  # a shell that was stopped must cost nothing
+            return
         self._out += json.dumps(row).encode("ascii") + b"\n"
-        return self.flush()
+        self.flush()
 
-    def flush(self) -> bool:
+    def nudge(self, row: Mapping[str, Any]) -> None:
+        """Tell it that there is something to look at; needless while it has yet to hear something else."""
+        if not self._out:
+            self.say(row)
+
+    def flush(self) -> None:
+        """Send on what it had no room for."""
         try:
             while self._out:
                 self._out = self._out[self.sock.send(self._out) :]
         except BlockingIOError:
-            return len(self._out) <= _MAX_UNREAD
+            pass
         except OSError:
-            return False
-        return True
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._listening, self.watching, self._out = False, None, b""
 
 
 class Daemon:
@@ -122,6 +151,8 @@ class Daemon:
                 raise Problem(
                     f"cannot ask the {program} at {path}: permission denied", hint="try as root"
                 ) from None
+            if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
+                raise Problem(f"cannot reach the {program} at {path}: {error.strerror or error}") from None
             raise Problem(f"cannot reach the {program} at {path}: it isn't running", hint=hint) from None
         self._in = b""
 
@@ -139,8 +170,12 @@ class Daemon:
         try:
             self._sock.sendall(json.dumps({"verb": verb, **args}).encode("ascii") + b"\n")
             answer = self._line()
+            while answer is not None and "event" in answer:  # said unasked, before it heard us
+                answer = self._line()
         except OSError:
             answer = None
+        except ValueError:
+            raise Problem(f"cannot understand what answers as the {self._program}: no JSON object") from None
         if answer is None:
             raise Problem(f"cannot hear the {self._program}: it went away before it answered")
         if not answer.pop("ok", False):
@@ -150,15 +185,21 @@ class Daemon:
     def drain(self) -> bool:
         """Take what it said unasked, which only means that there is something to look at; False: it is gone."""
         try:
-            return bool(self._sock.recv(_MAX_LINE))
+            data = self._sock.recv(_MAX_LINE)
         except OSError:
             return False
+        self._in = (self._in + data).rpartition(b"\n")[2]  # the beginning of a line is kept for its end
+        return bool(data)
 
     def _line(self) -> Optional[dict[str, Any]]:
-        while b"\n" not in self._in:
+        pieces = [self._in]
+        while b"\n" not in pieces[-1]:
             data = self._sock.recv(_MAX_LINE)
             if not data:
                 return None
-            self._in += data
-        line, _, self._in = self._in.partition(b"\n")
-        return dict(json.loads(line))
+            pieces.append(data)
+        line, _, self._in = b"".join(pieces).partition(b"\n")
+        answer = json.loads(line)
+        if not isinstance(answer, dict):
+            raise ValueError("no object")
+        return answer

@@ -419,8 +419,7 @@ class Daemon:
             if run is None:
                 continue
             self._settle(run)
-            for client in self._watchers(run_id):
-                self._tell(client, {"event": "output"})
+            self._nudge(run_id, "output")
 
     def _judge(self, run: Run) -> None:
         delivered = self._shipper.acked(run.info.run)
@@ -438,8 +437,7 @@ class Daemon:
             self._roster.exited(run)
             self._since = max(self._since, boottime())
             self._undecided = True
-            for client in self._watchers(run.info.run):
-                self._tell(client, {"event": "exited"})
+            self._nudge(run.info.run, "exited")
         self._changed_rows.add(run.info.vmr)
         if run.closed() is not None:
             self._live.pop(run.info.run, None)
@@ -633,25 +631,31 @@ class Daemon:
             self._on_read(client, lambda: self._serve(client))
 
     def _serve(self, client: control.Client) -> None:
-        requests = client.read()
-        if requests is None or not client.flush():
-            self._drop(client)
+        client.flush()
+        for request in client.read():
+            client.say(self._answer(client, request))
+        self._attend(client)
+
+    def _attend(self, client: control.Client) -> None:
+        """Wait for what the client may do next, or let it go."""
+        if client not in self._clients:
             return
-        for request in requests:
-            self._tell(client, self._answer(client, request))
-
-    def _tell(self, client: control.Client, row: Mapping[str, Any]) -> None:
-        if not client.say(row):
+        if not client.events:
             self._drop(client)
 
+        elif self._selector.get_key(client).events != client.events:
+            self._selector.modify(client, client.events, lambda: self._serve(client))
+
+    def _nudge(self, run: RunId, event: str) -> None:
+        """Tell those who watch a run that there is something to look at."""
+        for client in [each for each in self._clients if each.watching == run]:
+            client.nudge({"event": event})
+            self._attend(client)
     def _drop(self, client: control.Client) -> None:
         if client in self._clients:
             self._clients.discard(client)
             self._selector.unregister(client)
             client.sock.close()
-
-    def _watchers(self, run: RunId) -> list[control.Client]:
-        return [client for client in self._clients if client.watching == run]
 
     def _answer(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
         verbs: dict[str, Callable[[control.Client, Mapping[str, Any]], dict[str, Any]]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import selectors
 import signal
 import socket
 import sys
@@ -439,27 +440,43 @@ class Collector:
             return
         client = control.Client(sock)
         self._clients.add(client)
-        asyncio.get_running_loop().add_reader(sock, self._serve, client)
+        self._attend(client)
 
     def _serve(self, client: control.Client) -> None:
-        requests = client.read()
-        if requests is None:
-            self._drop(client)
-            return
-        for request in requests:
+        client.flush()
+        for request in client.read():
             try:
                 self._answer(client, request)
             except Problem as problem:
                 self._tell(client, {"ok": False, "error": problem.args[0], "hint": problem.hint})
+        self._attend(client)
 
     def _tell(self, client: control.Client, row: Mapping[str, Any]) -> None:
-        if client in self._clients and not client.say(row):
+        if client in self._clients:
+            client.say(row)
+            self._attend(client)
+
+    def _attend(self, client: control.Client) -> None:
+        """Wait for what the client may do next, or let it go."""
+        if client not in self._clients:
+            return
+        loop = asyncio.get_running_loop()
+        if client.events & selectors.EVENT_READ:
+            loop.add_reader(client.sock, self._serve, client)
+        else:
+            loop.remove_reader(client.sock)
+        if client.events & selectors.EVENT_WRITE:
+            loop.add_writer(client.sock, self._serve, client)
+        else:
+            loop.remove_writer(client.sock)
+        if not client.events:
             self._drop(client)
 
     def _drop(self, client: control.Client) -> None:
         if client in self._clients:
             self._clients.discard(client)
             asyncio.get_running_loop().remove_reader(client.sock)
+            asyncio.get_running_loop().remove_writer(client.sock)
             client.sock.close()
 
     def _answer(self, client: control.Client, request: Mapping[str, Any]) -> None:
