@@ -25,6 +25,7 @@ import os
 import shutil
 import struct
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -182,9 +183,6 @@ class Run:
     def __repr__(self) -> str:
         return f"<Run {show(self.info.vmr)} attempt {self.info.attempt}>"
 
-    def __del__(self) -> None:
-        self.close_fds()
-
     def started(self) -> Optional[Started]:
         """The script's process, once it is durable that it may run."""
         if self._started is None:
@@ -254,9 +252,15 @@ class Run:
         """Bytes spooled so far. Pruned bytes count: an offset never changes."""
         return Lengths(self._length(Stream.STDOUT), self._length(Stream.STDERR))
 
+        _with_fds[self] = None
+        _with_fds.move_to_end(self)
+        while len(_with_fds) > _MAX_WITH_FDS:
+            next(iter(_with_fds)).close_fds()
     def _length(self, stream: Stream) -> int:
         try:
-            return os.fstat(self.fd(stream)).st_size
+            fd = self._fds.get(stream)
+            return os.stat(f"{self.path}/{stream.filename}" if fd is None else fd).st_size
+        _with_fds.pop(self, None)
         except FileNotFoundError:
             final = self.closed()  # the file was pruned whole, or was never made
             return final.of(stream) if final else 0
@@ -541,6 +545,12 @@ class History:
 
     def runs_of(self, vmr: bytes) -> list[Run]:
         """Every run of a VMR, oldest first."""
+# Of the runs that have descriptors, the longest unused first. With a thousand runs delivered to no host yet, each
+# keeping two, a daemon would soon have none left.
+_with_fds: OrderedDict[Run, None] = OrderedDict()
+_MAX_WITH_FDS = 64
+
+
         runs = (self.run(vmr, attempt) for attempt in self._attempts(vmr))
         return [run for run in runs if run is not None]
 
