@@ -21,8 +21,8 @@ MADE = {"dist", "build", "PKG-INFO"}  # by builds, never committed
 
 PURE = {"schedule", "runs", "errors", "wire.framing", "wire.messages", "wire.session"}
 PURE_IMPORTS = {
-    *("__future__", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "itertools"),
-    *("math", "re", "string", "struct", "typing", "zlib"),
+    *("__future__", "collections", "dataclasses", "datetime", "difflib", "enum", "functools", "hashlib"),
+    *("itertools", "math", "re", "string", "struct", "typing", "zlib"),
 }
 CLOCKS = {"now", "today", "utcnow", "time", "monotonic", "sleep", "localtime"}
 IO_CALLS = {"open", "print", "input", "exec", "eval", "__import__"}
@@ -56,7 +56,8 @@ KNOWS = {
     "host": {"errors", "runs", "schedule", "wire", "control", "host"},
     "host.firewheel_log": {"errors", "runs", "wire.messages"},
     "cli.arguments": {"errors"},
-    "cli.agent": {"errors", "runs", "schedule", "wire", "control", "guest", "cli.arguments"},
+    "cli.guest": {"errors", "runs", "schedule", "control", "guest"},
+    "cli.agent": {"errors", "runs", "schedule", "wire", "control", "guest", "cli"},
     "cli.host": {"errors", "runs", "schedule", "wire", "control", "host", "cli.arguments"},
 }
 """What of ours each room may import; the longest entry that fits holds."""

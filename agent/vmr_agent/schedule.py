@@ -6,9 +6,10 @@ It must not know: files, processes, clocks, the host. What they say comes in as 
 
 from __future__ import annotations
 
+import difflib
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Optional, Union
@@ -79,6 +80,16 @@ def start_time_of(vmr: bytes) -> StartTime:
 def sort_key(vmr: bytes) -> tuple[StartTime, bytes]:
     """The order in which the schedule runs VMRs, and in which they are listed."""
     return (start_time_of(vmr), vmr)
+
+
+def near(vmr: bytes, known: Iterable[bytes]) -> str:
+    """A hint for somebody who named a VMR that there isn't: those he may have meant."""
+    names = [show(each) for each in known]
+    found = difflib.get_close_matches(show(vmr), names, n=3, cutoff=0.4)
+    if not found:  # the same directory name at another time
+        tail = show(vmr).rpartition("/")[2]
+        found = [each for each in names if each.rpartition("/")[2] == tail][:3]
+    return f"did you mean {' or '.join(found)}?" if found else "vmr-agent status lists them"
 
 
 class Staging(enum.Enum):

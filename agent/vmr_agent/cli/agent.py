@@ -8,26 +8,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from vmr_agent import __version__, control
-from vmr_agent.cli import arguments
+from vmr_agent import __version__
+from vmr_agent.cli import arguments, guest
+from vmr_agent.cli.guest import PROGRAM, remark
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest import settings as guest_settings
 from vmr_agent.guest.settings import Settings
-from vmr_agent.guest.spool import History, Run
-from vmr_agent.runs import Ending, RunResult, Stream
-from vmr_agent.schedule import parse_start_time, parse_vmr
-
-PROGRAM = "vmr-agent"
-_HINT = "systemctl start vmr-agent, or vmr-agent run"
-_PIECE = 256 * 1024
-_LOOK_AGAIN = 0.2  # s; how often the spool is looked at when no daemon tells
+from vmr_agent.guest.spool import Run
+from vmr_agent.runs import Stream
 
 _EXAMPLE = """\
 examples:
@@ -90,6 +84,9 @@ def _parser() -> arguments.Parser:
     logs.add_argument(
         "--stream", choices=[each.filename for each in Stream], help="default: both, each to its own"
     )
+    logs.add_argument(
+        "--timestamps", action="store_true", help="begin each line with its UTC time and its stream"
+    )
     logs.add_argument("--follow", action="store_true", help="go on until the run's pipes are closed")
     kill = verb(
         "kill", _kill, "Signal a VMR's whole process tree.", "vmr-agent kill -4/compress.py --signal KILL"
@@ -132,31 +129,31 @@ def _run(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _rerun(args: argparse.Namespace, settings: Settings) -> int:
-    name = _name(args.vmr, settings)
-    with _daemon(settings) as daemon:
+    name = guest.name(args.vmr, settings)
+    with guest.daemon(settings) as daemon:
         began = daemon.ask("rerun", vmr=os.fsdecode(name), request=os.urandom(16).hex())
         run = Run.load(Path(began["path"]))
         if run is None:
             raise Problem(f"cannot read the run of {show(name)} in {began['path']}")
         if args.detach:
-            _remark(
+            remark(
                 f"attempt {run.info.attempt} of {show(name)} is started; vmr-agent logs --follow {show(name)}"
             )
             return 0
-        _remark(f"attempt {run.info.attempt} of {show(name)}")
+        remark(f"attempt {run.info.attempt} of {show(name)}")
         try:
-            result = _follow(run, list(Stream), daemon=daemon, until_closed=False)
+            result = guest.follow(run, guest.Printer(run, list(Stream)), daemon=daemon)
         except KeyboardInterrupt:
-            _remark(
+            remark(
                 f"stopped watching; {show(name)} goes on: vmr-agent logs --follow {show(name)}", always=True
             )
             return 130
         assert result is not None
-        return _exit_status(result)
+        return guest.exit_status(result)
 
 
 def _status(args: argparse.Namespace, settings: Settings) -> int:
-    with _daemon(settings) as daemon:
+    with guest.daemon(settings) as daemon:
         status = daemon.ask("status")
     if args.json:
         print(json.dumps(status["vmrs"], indent=2))
@@ -205,29 +202,20 @@ def _summary(status: dict[str, Any]) -> list[str]:
 
 
 def _logs(args: argparse.Namespace, settings: Settings) -> int:
-    name = _name(args.vmr, settings)
-    try:
-        runs = History(settings.state_dir).runs_of(name)
-    except PermissionError:
-        raise Problem(f"cannot read {settings.state_dir}: permission denied", hint="try as root") from None
-    if args.attempt is not None:
-        runs = [run for run in runs if run.info.attempt == args.attempt]
-    if not runs:
-        which = f"attempt {args.attempt} of " if args.attempt is not None else "a run of "
-        raise Problem(
-            f"cannot find {which}{show(name)} in {settings.state_dir}", hint="vmr-agent status lists VMRs"
-        )
+    name = guest.name(args.vmr, settings)
+    run = guest.attempt_of(name, args.attempt, settings)
     streams = [each for each in Stream if args.stream in (None, each.filename)]
+    printer = guest.Printer(run, streams, timestamps=args.timestamps)
     if args.follow:
-        _follow(runs[-1], streams, daemon=None, until_closed=True)
+        guest.follow(run, printer, until_closed=True)
     else:
-        _Reader(runs[-1], streams).pass_on()
+        printer.pass_on(last=True)
     return 0
 
 
 def _kill(args: argparse.Namespace, settings: Settings) -> int:
-    name = _name(args.vmr, settings)
-    with _daemon(settings) as daemon:
+    name = guest.name(args.vmr, settings)
+    with guest.daemon(settings) as daemon:
         killed = daemon.ask("kill", vmr=os.fsdecode(name), signal=int(args.signal))
     pids = killed["pids"]
     print(
@@ -237,7 +225,7 @@ def _kill(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _start(args: argparse.Namespace, settings: Settings) -> int:
-    with _daemon(settings) as daemon:
+    with guest.daemon(settings) as daemon:
         started = daemon.ask("start")
     if not started["configured"]:
         print("time zero is set; positive times start when the VM is configured")
@@ -245,13 +233,13 @@ def _start(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _hold(args: argparse.Namespace, settings: Settings) -> int:
-    with _daemon(settings) as daemon:
+    with guest.daemon(settings) as daemon:
         daemon.ask("hold")
     return 0
 
 
 def _resume(args: argparse.Namespace, settings: Settings) -> int:
-    with _daemon(settings) as daemon:
+    with guest.daemon(settings) as daemon:
         daemon.ask("resume")
     return 0
 
@@ -260,7 +248,7 @@ def _reset(args: argparse.Namespace, settings: Settings) -> int:
     from vmr_agent.guest.spool import Spool
 
     try:
-        daemon = _daemon(settings)
+        daemon = guest.daemon(settings)
     except Problem:
         spool = Spool(settings.state_dir)  # refuses while a daemon has it
         if any(run.locked() for run in spool.open_runs()):
@@ -271,103 +259,6 @@ def _reset(args: argparse.Namespace, settings: Settings) -> int:
     with daemon:
         daemon.ask("reset")
     return 0
-
-
-# --- naming a VMR --------------------------------------------------------------------------------------------
-
-
-def _name(text: Optional[str], settings: Settings) -> bytes:
-    """The VMR that somebody means, from a name, a path, or the directory he stands in."""
-    launch = os.path.realpath(os.fsencode(settings.launch_dir))
-    if text is not None:
-        name = parse_vmr(os.fsencode(text))
-        if name is not None:
-            return name
-    typed = os.fsencode(text) if text is not None else b"."
-    path = os.path.realpath(os.path.join(os.getcwdb(), typed))
-    inside = os.path.relpath(path, launch).split(b"/")
-    is_vmr = len(inside) == 2 or (text is None and len(inside) > 2)
-    if is_vmr and inside[0] != b".." and parse_start_time(inside[0]) is not None:
-        return b"/".join(inside[:2])
-    if text is None:
-        raise Problem(
-            "cannot tell which VMR is meant", hint="name one, as in -4/compress.py, or stand in its directory"
-        )
-    raise Problem(
-        f"cannot tell which VMR {show(typed)} is",
-        hint=f"a name is <start time>/<name>, a path is in {show(launch)}",
-    )
-
-
-def _daemon(settings: Settings) -> control.Daemon:
-    return control.Daemon(settings.runtime_dir / control.SOCKET, program="daemon", hint=_HINT)
-
-
-# --- output --------------------------------------------------------------------------------------------------
-
-
-class _Reader:
-    """Passes a run's spooled bytes on, raw: stdout to stdout, stderr to stderr; one stream alone to stdout."""
-
-    def __init__(self, run: Run, streams: Sequence[Stream]) -> None:
-        self._run = run
-        self._offsets = {stream: max(0, run.pruned(stream)) for stream in streams}
-        self._targets = {stream: int(stream) if len(streams) > 1 else 1 for stream in streams}
-        for stream, offset in self._offsets.items():
-            if offset:
-                _remark(
-                    f"the first {offset:,} bytes of {stream.filename} are only on the host now", always=True
-                )
-
-    def pass_on(self) -> None:
-        for stream, target in self._targets.items():
-            while data := self._run.read(stream, self._offsets[stream], _PIECE):
-                self._offsets[stream] += len(data)
-                while data:
-                    data = data[os.write(target, data) :]
-
-
-def _follow(
-    run: Run, streams: Sequence[Stream], *, daemon: Optional[control.Daemon], until_closed: bool
-) -> Optional[RunResult]:
-    """Pass output on as it comes, until the run has exited and is drained, or is closed.
-
-    The daemon's events say when to look; without it, or when it dies, the spool is looked at 5 times a second.
-    """
-    reader = _Reader(run, streams)
-    while True:
-        # The order matters: what is there before the record says that it is all there.
-        result = run.result()
-        over = run.closed() is not None if until_closed else result is not None
-        reader.pass_on()
-        if over:
-            return result
-        if daemon is None:
-            select.select([], [], [], _LOOK_AGAIN)
-        elif not _wait_for_event(daemon):
-            daemon = None
-            _remark("the daemon went away; the run goes on", always=True)
-
-
-def _wait_for_event(daemon: control.Daemon) -> bool:
-    readable, _, _ = select.select([daemon], [], [], 1.0)
-    return not readable or daemon.drain()
-
-
-def _exit_status(result: RunResult) -> int:
-    """What a shell would say: the code, 128 + signal, 126 for a script that could not be executed."""
-    if result.ending is Ending.CODE:
-        return result.value
-    if result.ending is Ending.SIGNAL:
-        return 128 + result.value
-    print(f"{PROGRAM}: {result.text}", file=sys.stderr)
-    return 126
-
-
-def _remark(sentence: str, *, always: bool = False) -> None:
-    """A word of our own, on a terminal only: the streams are the VMR's."""
-    if always or sys.stderr.isatty():
-        print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,17 @@ class Lengths(NamedTuple):
         return self.stdout if stream is Stream.STDOUT else self.stderr
 
 
+class Capture(NamedTuple):
+    """One read of a run's output, or several within 10 ms, as noted in its index."""
+
+    place: int
+    """Where in the index it is noted."""
+    stream: Stream
+    offset: int
+    length: int
+    wall_ns: int
+
+
 class TimeZero(NamedTuple):
     """When positive times begin to count. Within the boot it was set in only ``boottime_ns`` counts."""
 
@@ -237,13 +248,18 @@ class Run:
     # -- the bytes --
 
     def fd(self, stream: Stream) -> int:
-        """A descriptor for reading, kept open until :meth:`close_fds`. OSError when there is no such file."""
+        """A descriptor for reading, kept open for a while. OSError when there is no such file."""
         fd = self._fds.get(stream)
         if fd is None:
             fd = self._fds[stream] = os.open(self.path / stream.filename, os.O_RDONLY | os.O_CLOEXEC)
+        _with_fds[self] = None
+        _with_fds.move_to_end(self)
+        while len(_with_fds) > _MAX_WITH_FDS:
+            next(iter(_with_fds)).close_fds()
         return fd
 
     def close_fds(self) -> None:
+        _with_fds.pop(self, None)
         while self._fds:
             os.close(self._fds.popitem()[1])
         self._cursors.clear()
@@ -252,15 +268,10 @@ class Run:
         """Bytes spooled so far. Pruned bytes count: an offset never changes."""
         return Lengths(self._length(Stream.STDOUT), self._length(Stream.STDERR))
 
-        _with_fds[self] = None
-        _with_fds.move_to_end(self)
-        while len(_with_fds) > _MAX_WITH_FDS:
-            next(iter(_with_fds)).close_fds()
     def _length(self, stream: Stream) -> int:
         try:
             fd = self._fds.get(stream)
             return os.stat(f"{self.path}/{stream.filename}" if fd is None else fd).st_size
-        _with_fds.pop(self, None)
         except FileNotFoundError:
             final = self.closed()  # the file was pruned whole, or was never made
             return final.of(stream) if final else 0
@@ -342,6 +353,27 @@ class Run:
             if whole < RECORD.size * _RECORDS_AT_ONCE:
                 return
             place += whole
+
+    def captured(self, place: int) -> list[Capture]:
+        """Some of what was read of both streams, in the order in which it came, from a place in the index on.
+
+        The shim may lengthen the last record in place: who comes back asks for that one again.
+        """
+        try:
+            fd = os.open(self.path / "index", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return []
+        try:
+            block = os.pread(fd, RECORD.size * _RECORDS_AT_ONCE, place)
+        finally:
+            os.close(fd)
+        found = []
+        for at in range(0, len(block) - len(block) % RECORD.size, RECORD.size):
+            offset, wall_ns, length, number = RECORD.unpack_from(block, at)
+            # A hole, made where the index was pruned or could not be written, reads as length 0.
+            stream = Stream.STDERR if number == Stream.STDERR else Stream.STDOUT
+            found.append(Capture(place + at, stream, offset, length, wall_ns))
+        return found
 
     @staticmethod
     def _seek(fd: int, stream: Stream, offset: int) -> int:
@@ -513,6 +545,12 @@ def _punch(path: Path, upto: int) -> None:
         os.close(fd)
 
 
+# Of the runs that have descriptors, the longest unused first. With a thousand runs delivered to no host yet, each
+# keeping two, a daemon would soon have none left.
+_with_fds: OrderedDict[Run, None] = OrderedDict()
+_MAX_WITH_FDS = 64
+
+
 # -- all runs --
 
 
@@ -545,14 +583,27 @@ class History:
 
     def runs_of(self, vmr: bytes) -> list[Run]:
         """Every run of a VMR, oldest first."""
-# Of the runs that have descriptors, the longest unused first. With a thousand runs delivered to no host yet, each
-# keeping two, a daemon would soon have none left.
-_with_fds: OrderedDict[Run, None] = OrderedDict()
-_MAX_WITH_FDS = 64
-
-
         runs = (self.run(vmr, attempt) for attempt in self._attempts(vmr))
         return [run for run in runs if run is not None]
+
+    def names(self) -> list[bytes]:
+        """The VMRs that have runs."""
+        found = set()
+        for first in self.path.glob("runs/*/*/*/run.json"):
+            row = _read_row(first)
+            if row is not None and first.parent.name.isdecimal():
+                found.add(os.fsencode(str(row.get("vmr", ""))))
+        return sorted(found)
+
+    def staged_as(self, vmr: bytes) -> Optional[Run]:
+        """The first attempt of a VMR since it was staged, the last time that it was seen to be."""
+        after = self._gone_after(vmr)
+        attempts = (self.run(vmr, attempt) for attempt in self._attempts(vmr) if attempt > after)
+        return next((run for run in attempts if run is not None), None)
+
+    def _gone_after(self, vmr: bytes) -> int:
+        row = _read_row((self.path / "runs" / run_path(vmr, 1)).parent / "gone")
+        return int(row.get("after_attempt", 0)) if row is not None else 0
 
     def latest(self, vmr: bytes) -> Optional[Run]:
         for attempt in reversed(self._attempts(vmr)):
@@ -764,8 +815,7 @@ class Spool(History):
 
     def _gone_after(self, vmr: bytes) -> int:
         if vmr not in self._gone:
-            row = _read_row((self.path / "runs" / run_path(vmr, 1)).parent / "gone")
-            self._gone[vmr] = int(row.get("after_attempt", 0)) if row is not None else 0
+            self._gone[vmr] = super()._gone_after(vmr)
         return self._gone[vmr]
 
     def _link(self, info: RunInfo) -> None:
