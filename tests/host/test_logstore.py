@@ -218,6 +218,7 @@ def test_a_result_has_every_key_from_the_start(tmp_path: Path) -> None:
             "error": None,
             "stdout_bytes": 0,
             "stderr_bytes": 0,
+            "closed": False,
             "complete": False,
             "gaps": [],
             "rusage": None,

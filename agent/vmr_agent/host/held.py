@@ -70,6 +70,7 @@ class HeldRun:
             "error": None,
             "stdout_bytes": self.streams[Stream.STDOUT].held,
             "stderr_bytes": self.streams[Stream.STDERR].held,
+            "closed": self.closed is not None,
             "complete": False,
             "gaps": self.gaps,
             "rusage": None,

@@ -367,7 +367,7 @@ def rows(log_dir: Path, vm: str) -> list[dict[str, Any]]:
             if row is not None:
                 found.append(row)
                 break
-    return sorted(found, key=_row_order)
+    return sorted(found, key=row_order)
 
 
 def _read_row(directory: Path) -> Optional[dict[str, Any]]:
@@ -375,7 +375,7 @@ def _read_row(directory: Path) -> Optional[dict[str, Any]]:
         row = json.loads((directory / "result.json").read_bytes())
         if not isinstance(row, dict):
             return None
-        if row["state"] == "running":  # written at its start, and its streams have grown since
+        if not row.get("closed"):  # its streams have grown since it was written
             for stream in Stream:
                 row[f"{stream.filename}_bytes"] = (directory / stream.filename).stat().st_size
     except (OSError, ValueError, KeyError):
@@ -383,7 +383,8 @@ def _read_row(directory: Path) -> Optional[dict[str, Any]]:
     return row
 
 
-def _row_order(row: dict[str, Any]) -> tuple[float, str]:
+def row_order(row: dict[str, Any]) -> tuple[float, str]:
+    """The schedule's order."""
     vmr = str(row.get("vmr", ""))
     try:
         return float(vmr.partition("/")[0]), vmr
