@@ -56,9 +56,10 @@ KNOWS = {
     "host": {"errors", "runs", "schedule", "wire", "control", "host"},
     "host.firewheel_log": {"errors", "runs", "wire.messages"},
     "cli.arguments": {"errors"},
-    "cli.guest": {"errors", "runs", "schedule", "control", "guest"},
+    "cli.output": {"runs"},
+    "cli.guest": {"errors", "runs", "schedule", "control", "guest", "cli.output"},
     "cli.agent": {"errors", "runs", "schedule", "wire", "control", "guest", "cli"},
-    "cli.host": {"errors", "runs", "schedule", "wire", "control", "host", "cli.arguments"},
+    "cli.host": {"errors", "runs", "schedule", "wire", "control", "host", "cli"},
 }
 """What of ours each room may import; the longest entry that fits holds."""
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 from collections.abc import Sequence
 from typing import Callable, Optional
 
 from vmr_agent import control
+from vmr_agent.cli import output
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest.settings import Settings
 from vmr_agent.guest.spool import History, Run
-from vmr_agent.runs import Ending, RunResult, Stream, timestamp
+from vmr_agent.runs import RunResult, Stream, timestamp
 from vmr_agent.schedule import near, parse_start_time, parse_vmr
 
 PROGRAM = "vmr-agent"
@@ -107,7 +107,7 @@ class Printer:
         self._run = run
         self._place = 0
         self._offsets = {stream: max(0, run.pruned(stream)) for stream in streams}
-        self._targets = {stream: int(stream) if len(streams) > 1 else 1 for stream in streams}
+        self._targets = output.targets(streams)
         self._timestamps = timestamps
         self._lines = {stream: b"" for stream in streams}
         self._began = {stream: 0 for stream in streams}
@@ -155,8 +155,7 @@ class Printer:
                 f"{timestamp(at)} {stream.filename} ".encode() + line + b"\n"
                 for at, line in zip(times, lines)
             )
-        while data:
-            data = data[os.write(self._targets[stream], data) :]
+        output.put(self._targets[stream], data)
 
 
 def follow(
@@ -171,18 +170,22 @@ def follow(
 
     The daemon's events say when to look; without it, or when it dies, the spool is looked at 5 times a second.
     """
-    while True:
-        # The order matters: what is there before the record says that it is all there.
-        result = run.result()
-        over = run.closed() is not None if until_closed else result is not None
-        printer.pass_on(last=over)
-        if over or enough():
-            return result
+
+    def wait() -> None:
+        nonlocal daemon
         if daemon is None:
             select.select([], [], [], _LOOK_AGAIN)
         elif not heard(daemon, 1.0):
             daemon = None
             remark("the daemon went away; the run goes on", always=True)
+
+    output.follow(
+        over=lambda: (run.closed() if until_closed else run.result()) is not None,
+        pass_on=lambda last: printer.pass_on(last=last),
+        wait=wait,
+        enough=enough,
+    )
+    return run.result()
 
 
 def heard(daemon: control.Daemon, timeout: float) -> bool:
@@ -192,16 +195,8 @@ def heard(daemon: control.Daemon, timeout: float) -> bool:
 
 
 def exit_status(result: RunResult) -> int:
-    """What a shell would say: the code, 128 + signal, 126 for a script that could not be executed."""
-    if result.ending is Ending.CODE:
-        return result.value
-    if result.ending is Ending.SIGNAL:
-        return 128 + result.value
-    print(f"{PROGRAM}: {result.text}", file=sys.stderr)
-    return 126
+    return output.exit_status(PROGRAM, result.ending, result.value, result.text)
 
 
 def remark(sentence: str, *, always: bool = False) -> None:
-    """A word of our own, on a terminal only: the streams are the VMR's."""
-    if always or sys.stderr.isatty():
-        print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+    output.remark(PROGRAM, sentence, always=always)
