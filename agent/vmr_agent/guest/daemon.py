@@ -7,7 +7,6 @@ into the session, the session into the port. Over 400 lines, because wiring pull
 
 from __future__ import annotations
 
-import difflib
 import os
 import selectors
 import signal
@@ -33,7 +32,7 @@ from vmr_agent.guest.shipper import Diverged, Shipper
 from vmr_agent.guest.spool import Lengths, Run, Spool, TimeZero
 from vmr_agent.guest.watcher import Watcher
 from vmr_agent.runs import RunId, RunState, Trigger
-from vmr_agent.schedule import Decision, Now, Staging, decide, explain
+from vmr_agent.schedule import Decision, Now, Staging, decide, explain, near
 from vmr_agent.wire import messages
 from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
 
@@ -566,7 +565,9 @@ class Daemon:
                 raise Problem(f"cannot do {request.verb!r}: this vmr-agent doesn't know it")
         except Problem as problem:
             ok, error = False, str(problem)
-        self._shipper.send(messages.Reply(request=request.request, ok=ok, error=messages.text(error), result=result))
+        self._shipper.send(
+            messages.Reply(request=request.request, ok=ok, error=messages.text(error), result=result)
+        )
 
     def _send_rows(self) -> None:
         changed, self._changed_rows = self._changed_rows, set()
@@ -642,7 +643,6 @@ class Daemon:
             return
         if not client.events:
             self._drop(client)
-
         elif self._selector.get_key(client).events != client.events:
             self._selector.modify(client, client.events, lambda: self._serve(client))
 
@@ -651,6 +651,7 @@ class Daemon:
         for client in [each for each in self._clients if each.watching == run]:
             client.nudge({"event": event})
             self._attend(client)
+
     def _drop(self, client: control.Client) -> None:
         if client in self._clients:
             self._clients.discard(client)
@@ -786,12 +787,7 @@ class Daemon:
         entry = self._roster.get(name)
         if entry is not None:
             return entry
-        names = {show(each): each for each in self._roster.names()}
-        near = difflib.get_close_matches(show(name), names, n=3, cutoff=0.4)
-        if not near:  # the same directory name at another time
-            tail = show(name).rpartition("/")[2]
-            near = [each for each in names if each.rpartition("/")[2] == tail][:3]
-        hint = "did you mean " + " or ".join(near) + "?" if near else "vmr-agent status lists them"
+        hint = near(name, self._roster.names())
         raise Problem(f"cannot find a VMR {show(name)} in {self._settings.launch_dir}", hint=hint)
 
     def _rerun(self, name: bytes, trigger: Trigger, request: bytes) -> Run:
