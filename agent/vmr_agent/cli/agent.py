@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +91,7 @@ def _parser() -> arguments.Parser:
         "kill", _kill, "Signal a VMR's whole process tree.", "vmr-agent kill -4/compress.py --signal KILL"
     )
     vmr(kill)
-    kill.add_argument("--signal", default="TERM", type=_signal, help="name or number; default: TERM")
+    kill.add_argument("--signal", default="TERM", type=arguments.signal_number, help="name or number; default: TERM")
     verb("start", _start, "Set time zero now: positive times count from here.")
     verb("hold", _hold, "Let nothing new start by schedule (makes .hold in the launch directory).")
     verb("resume", _resume, "End hold.")
@@ -104,18 +103,6 @@ def _settings(args: argparse.Namespace) -> Settings:
     options = {name: getattr(args, name) for name in guest_settings.PATHS}
     config = Path(args.config) if args.config else None
     return guest_settings.load(options, environment=os.environ, config=config)
-
-
-def _signal(text: str) -> signal.Signals:
-    word = text.upper()
-    try:
-        return (
-            signal.Signals(int(word))
-            if word.isdigit()
-            else signal.Signals["SIG" + word.replace("SIG", "", 1)]
-        )
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"there is no signal {text!r}") from None
 
 
 # --- verbs ---------------------------------------------------------------------------------------------------

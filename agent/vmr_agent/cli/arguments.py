@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Callable, NoReturn, Optional
@@ -28,6 +29,19 @@ def mark(arguments: Sequence[str]) -> list[str]:
 def name(text: str) -> str:
     """argparse's ``type`` for a VMR's name or any path."""
     return text.lstrip(_MARK)
+
+
+def signal_number(text: str) -> signal.Signals:
+    """argparse's ``type`` for a signal, by name or number."""
+    word = text.upper()
+    try:
+        return (
+            signal.Signals(int(word))
+            if word.isdigit()
+            else signal.Signals["SIG" + word.replace("SIG", "", 1)]
+        )
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"there is no signal {text!r}") from None
 
 
 class Parser(argparse.ArgumentParser):
