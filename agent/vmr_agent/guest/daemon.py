@@ -42,6 +42,10 @@ FULL = 30.0  # s; everything is looked at, for events can be lost
 _ROOM = 1.0  # s; a port that was full is tried again, for kernels 5.15 to 6.1 can lose the wake-up
 _BURST = 64  # frames written, and reads taken, before the loop looks at the rest
 _REBOOT_S = 300.0  # a reboot command that has not rebooted by then has failed
+_SLICE = 0.2  # s; how long runs are started on end before the loop looks at the rest: a thousand take seconds
+_STRANGER = 10.0  # s; a port that talks for so long and says no Hello leads to something else
+_SAID_AGAIN = 60.0  # s; what keeps going wrong is said so often
+_FAR = 10**18  # ns; a time zero that is further away than this overflows on the wire
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -55,7 +59,8 @@ def boot_id() -> str:
 
 def say(line: str) -> None:
     """One line to the log, which is standard error; journald adds the time."""
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):  # a log that can't be written, or whose reader has left, must not end the daemon
+        print(line, file=sys.stderr, flush=True)
 
 
 def notify(state: str) -> None:
@@ -385,6 +390,7 @@ class Daemon:
             self._follow(run)
             self._judge(run)
 
+        delay_ns = min(max(delay_ns, -_FAR), _FAR)
     def _follow(self, run: Run) -> None:
         self._live[run.info.run] = run
         self._next_idle = min(self._next_idle, boottime() + LIVE)
@@ -738,7 +744,7 @@ class Daemon:
             run for run in self._live.values() if run.info.vmr == entry.name and run.closed() is None
         ]
         for run in running or open_ones:
-            pids = processes.kill(run, int(request.get("signal", signal.SIGTERM)))
+            pids = processes.kill(run, number)
             return {"attempt": run.info.attempt, "pids": pids}
         raise Problem(f"cannot kill {show(entry.name)}: it isn't running")
 
@@ -831,6 +837,7 @@ def _bytes(args: Mapping[str, Any], key: str) -> bytes:
     if not isinstance(value, bytes):
         raise Problem(f"cannot read the request: {key} must be bytes")
     return value
+        number = _int({"signal": signal.SIGTERM.value, **request}, "signal")
 
 
 def _int(args: Mapping[str, Any], key: str) -> int:
@@ -844,7 +851,10 @@ def _name(request: Mapping[str, Any]) -> bytes:
     name = request.get("vmr")
     if not isinstance(name, str):
         raise Problem('cannot read the request: "vmr" must be a VMR name')
-    return os.fsencode(name)
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        raise Problem('cannot read the request: "vmr" holds half of a surrogate pair') from None
 
 
 def _request_id(request: Mapping[str, Any]) -> bytes:
