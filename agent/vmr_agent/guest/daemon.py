@@ -7,10 +7,12 @@ into the session, the session into the port. Over 400 lines, because wiring pull
 
 from __future__ import annotations
 
+import fcntl
 import os
 import selectors
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ import vmr_agent
 from vmr_agent import control
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest import processes, roster
+from vmr_agent.guest.files import Files
 from vmr_agent.guest.port import Port, PortState
 from vmr_agent.guest.roster import Entry, Roster
 from vmr_agent.guest.runner import NOTHING, Runner
@@ -39,13 +42,13 @@ from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
 IDLE = 5.0  # s; what nothing tells is looked for so often
 LIVE = 1.0  # s; the same while a run is live: a shim that was killed tells nobody
 FULL = 30.0  # s; everything is looked at, for events can be lost
-_ROOM = 1.0  # s; a port that was full is tried again, for kernels 5.15 to 6.1 can lose the wake-up
-_BURST = 64  # frames written, and reads taken, before the loop looks at the rest
-_REBOOT_S = 300.0  # a reboot command that has not rebooted by then has failed
 _SLICE = 0.2  # s; how long runs are started on end before the loop looks at the rest: a thousand take seconds
 _STRANGER = 10.0  # s; a port that talks for so long and says no Hello leads to something else
 _SAID_AGAIN = 60.0  # s; what keeps going wrong is said so often
 _FAR = 10**18  # ns; a time zero that is further away than this overflows on the wire
+_ROOM = 1.0  # s; a port that was full is tried again, for kernels 5.15 to 6.1 can lose the wake-up
+_BURST = 64  # frames written, and reads taken, before the loop looks at the rest
+_REBOOT_S = 300.0  # a reboot command that has not rebooted by then has failed
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -83,6 +86,7 @@ class Daemon:
         self._boot_id = boot_id()
         self._runtime = _make_runtime(settings.runtime_dir)
         self._spool = Spool(settings.state_dir, limit=settings.spool_limit or None)
+        self._runtime_lock = _lock_runtime(self._runtime)
         self._selector = selectors.DefaultSelector()
         self._stopping = False
 
@@ -94,9 +98,11 @@ class Daemon:
             launch_dir=settings.launch_dir,
             log=log,
             boot_id=self._boot_id,
+            keep=self._keep_files,
         )
         self._roster = Roster(self._spool, self._boot_id)
         self._shipper = Shipper(self._launch)
+        self._files = Files(self._launch)
         self._live: dict[RunId, Run] = {}
         self._watcher = Watcher(settings.launch_dir, settle=settings.settle, log=log)
         self._port = Port(settings.port)
@@ -105,8 +111,11 @@ class Daemon:
         )
         self._outbox: deque[Union[bytes, memoryview]] = deque()
         self._blocked = False  # the port took nothing more
+        self._more = False  # the last turn left something undone
         self._port_said = ""
-        self._listener = control.listen(self._runtime / control.SOCKET)
+        self._port_since = 0.0
+        self._garbage_before = 0
+        self._listener = _control_socket(self._runtime / control.SOCKET)
         self._clients: set[control.Client] = set()
 
         self._since = boottime()
@@ -115,13 +124,19 @@ class Daemon:
         self._held = False
         self._problem: Optional[str] = None
         self._given_up: set[bytes] = set()
-        self._rows_sent: dict[bytes, tuple[str, int]] = {}
+        self._rows_sent: dict[bytes, tuple[str, int, str]] = {}
         self._changed_rows: set[bytes] = set()
         self._reboot: Optional[subprocess.Popen[bytes]] = None
         self._reboot_asked = 0.0
         self._can_reboot = settings.reboot_command is not None or self._port.virtio
         self._next_idle = self._next_full = 0.0
-        self._next_retry: Optional[float] = None  # a run that could not begin for want of space
+        # What could not be noted in the state directory is tried again: runs that could not begin, what was seen
+        # change and go, and, by a session that begins anew, what the host said.
+        self._next_retry: Optional[float] = None
+        self._changed: set[bytes] = set()
+        self._gone: set[bytes] = set()
+        self._unheeded = False
+        self._complaint, self._complained = "", 0.0
 
     # --- the loop ---
 
@@ -136,6 +151,7 @@ class Daemon:
         self._on_read(wake_read, lambda: os.read(wake_read, 4096))
         self._on_read(self._kicks, self._take_kicks)
         self._on_read(self._listener, self._accept)
+        self._on_read(self._files, self._send_file_replies)
         self._on_read(self._port, lambda: None)  # each turn looks at the port
         self._find_runs()
         self._watcher.start()
@@ -145,19 +161,34 @@ class Daemon:
         notify("READY=1\nSTATUS=watching")
         while not self._stopping:
             for key, _ in self._selector.select(self._timeout()):
-                key.data()
-            try:
-                self._turn(boottime())
-            except OSError as error:
-                # A full or failing disk under the state directory. What could not be noted is not done either; a
-                # script that runs goes on, and its shim waits for space by itself.
-                self._log(f"cannot write to {self._settings.state_dir}: {error}; trying again")
-                self._undecided, self._next_retry = False, boottime() + _ROOM
-                self._next_idle = max(self._next_idle, self._next_retry)
+                self._try(key.data)
+            now = boottime()
+            self._try(self._look, now)
+            self._try(self._decide_if_due, now)
+            self._try(self._ship, now)
         self._shut_down()
 
     def _on_read(self, source: Any, act: Callable[[], Any]) -> None:
         self._selector.register(source, selectors.EVENT_READ, act)
+
+    def _try(self, act: Callable[..., Any], *args: Any) -> None:
+        try:
+            act(*args)
+        except OSError as error:
+            self._failed(f"cannot use {self._settings.state_dir}: {error}")
+
+    def _failed(self, complaint: str) -> None:
+        """A full or failing disk under the state directory.
+
+        What could not be noted is not done either, and is tried again. A script that runs goes on, and its shim
+        waits for space by itself.
+        """
+        now = boottime()
+        if complaint != self._complaint or now >= self._complained + _SAID_AGAIN:
+            self._complaint, self._complained = complaint, now
+            self._log(f"{complaint}; trying again")
+        self._undecided, self._wake, self._next_retry = False, None, now + _ROOM
+        self._next_idle = max(self._next_idle, self._next_retry)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -176,7 +207,7 @@ class Daemon:
         self._log("stopped; runs under way go on and are found at the next start")
 
     def _timeout(self) -> float:
-        if self._undecided or (self._port.state is PortState.UP and self._outbox and not self._blocked):
+        if self._undecided or self._more:
             return 0.0
         due: list[Optional[float]] = [
             self._next_idle,
@@ -189,21 +220,30 @@ class Daemon:
             due.append(boottime() + _ROOM)
         return max(0.0, min(when for when in due if when is not None) - boottime())
 
-    def _turn(self, now: float) -> None:
-        """One turn: look at everything that may be new, decide, ship."""
+    # One turn: look at everything that may be new, decide, ship. Three steps, so that a full disk, which fails
+    # the first two, doesn't keep the third from bringing home what would make room.
+
+    def _look(self, now: float) -> None:
+        self._more = False
         idle = now >= self._next_idle
         full = idle and now >= self._next_full
+        again = self._next_retry is not None and now >= self._next_retry
+        if again:
+            self._next_retry, self._undecided = None, True
+            if self._unheeded:
+                self._unheeded = False
+                self._take(self._session.renew(now, "something in it could not be done"))
         self._reap()
-        if idle or self._watcher.due(now):
+        if idle or again or self._watcher.due(now):
             self._watch(now, full=full)
         if idle:
             self._idle(now, full=full)
-        if self._wake is not None and now >= self._wake:
-            self._undecided = True
-        if self._next_retry is not None and now >= self._next_retry:
-            self._next_retry, self._undecided = None, True
-        if self._undecided:
+
+    def _decide_if_due(self, now: float) -> None:
+        if self._undecided or (self._wake is not None and now >= self._wake):
             self._decide(now)
+
+    def _ship(self, now: float) -> None:
         self._serve_port(now)
         self._send_rows()
         self._pump(now)
@@ -235,26 +275,37 @@ class Daemon:
         if self._watcher.held != self._held:
             self._held, self._since, self._undecided = self._watcher.held, now, True
         changed, gone = self._watcher.take_changes()
-        for name in gone:
-            self._roster.gone(name)
-        for name in changed:
-            vmr = self._watcher.vmrs.get(name)
-            if vmr is None:
-                continue
-            known = self._roster.get(name)
-            if vmr.staging is Staging.REFUSED and (
-                known is None or known.vmr is None or known.vmr.reason != vmr.reason
-            ):
-                self._log(f"refused {show(name)}: {vmr.reason}")
-            self._roster.staged(name, vmr)
-            entry = self._roster.get(name)
-            if known is None and entry is not None and entry.latest is not None:
-                self._watcher.done(name)
-                for run in entry.unfinished.values():
-                    self._follow(run)
-        if changed or gone:
+        self._changed |= changed
+        self._gone |= gone
+        if self._changed or self._gone:
             self._undecided = True
-            self._changed_rows |= changed | gone
+        # Each is taken off only when it has been noted, which a full disk can prevent.
+        while self._gone:
+            name = next(iter(self._gone))
+            self._changed_rows.add(name)
+            self._roster.gone(name)
+            self._gone.discard(name)
+        while self._changed:
+            name = next(iter(self._changed))
+            self._changed_rows.add(name)
+            self._note_change(name)
+            self._changed.discard(name)
+
+    def _note_change(self, name: bytes) -> None:
+        vmr = self._watcher.vmrs.get(name)
+        if vmr is None:
+            return
+        known = self._roster.get(name)
+        if vmr.staging is Staging.REFUSED and (
+            known is None or known.vmr is None or known.vmr.reason != vmr.reason
+        ):
+            self._log(f"refused {show(name)}: {vmr.reason}")
+        self._roster.staged(name, vmr)
+        entry = self._roster.get(name)
+        if known is None and entry is not None and entry.latest is not None:
+            self._watcher.done(name)
+            for run in entry.unfinished.values():
+                self._follow(run)
 
     # --- the schedule ---
 
@@ -292,6 +343,9 @@ class Daemon:
                 self._given_up.add(name)
                 self._log(f"{show(name)} asked for a reboot and gets none: {self._why_no_reboot()}")
         for start in decision.start:
+            if boottime() > now + _SLICE:
+                self._undecided = True
+                break
             entry = self._roster.get(start.vmr)
             if entry is None or entry.vmr is None:
                 continue
@@ -307,19 +361,24 @@ class Daemon:
                     clear_reboot=start.clear_reboot,
                 )
             except Problem as problem:
-                self._log(f"{problem}; trying again")
-                self._next_retry = now + _ROOM
-                break
+                self._failed(str(problem))
+                return
             self._began(run)
         if decision.configured and not self._spool.configured():
             self._spool.set_configured()
             self._log("configured: every negative time has run")
-            if self._settings.start_auto:
-                self._start(0, "guest")
             self._undecided = True
             self._session.beat(now)
         elif decision.reboot:
             self._do_reboot(decision, now)
+        if self._settings.start_auto and self._spool.zero() is None and self._spool.configured():
+            self._start(0, "guest")  # apart, for a daemon that died between the two
+
+    def _keep_files(self, run: Run) -> None:
+        try:
+            self._spool.keep_files(run, self._launch + b"/" + run.info.vmr, each=self._settings.keep_files)
+        except OSError as error:
+            self._log(f"cannot keep the files of {show(run.info.vmr)}: {error.strerror}; it starts without")
 
     def _began(self, run: Run) -> None:
         self._roster.began(run)
@@ -331,6 +390,7 @@ class Daemon:
         """Set time zero; False when it was set before."""
         if self._spool.zero() is not None:
             return False
+        delay_ns = min(max(delay_ns, -_FAR), _FAR)
         here = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         self._spool.set_zero(TimeZero(self._boot_id, here + delay_ns, time.time_ns() + delay_ns, source))
         self._log(f"time zero is {delay_ns / 1e9:.0f} s from now, set by the {source}")
@@ -361,9 +421,11 @@ class Daemon:
         """Take whatever children ended: orphans fall to us, a subreaper, as well as what we started."""
         if self._reboot is not None:
             status = self._reboot.poll()
-            failed = status not in (None, 0)
-            if failed or boottime() - self._reboot_asked > _REBOOT_S:
-                self._log(f"the reboot command failed (status {status}); the results stand")
+            why = f"ended with status {status}" if status else ""
+            if boottime() - self._reboot_asked > _REBOOT_S:
+                why = why or f"has not rebooted the VM in {_REBOOT_S:.0f} s"
+            if why:
+                self._log(f"the reboot command {why}; the results stand")
                 self._reboot, self._can_reboot, self._undecided = None, False, True
         while True:
             try:
@@ -390,7 +452,6 @@ class Daemon:
             self._follow(run)
             self._judge(run)
 
-        delay_ns = min(max(delay_ns, -_FAR), _FAR)
     def _follow(self, run: Run) -> None:
         self._live[run.info.run] = run
         self._next_idle = min(self._next_idle, boottime() + LIVE)
@@ -491,6 +552,7 @@ class Daemon:
         if state is PortState.UP and before is not PortState.UP:
             self._outbox.clear()
             self._session.connect(now)
+            self._port_since, self._garbage_before = now, self._session.counts["garbage"]
         # Reads also tell that the host has left. A port that is UP is read each turn: its edges are not counted.
         for _ in range(_BURST):
             data = self._port.read() if self._port.state is PortState.UP else b""
@@ -498,7 +560,7 @@ class Daemon:
                 break
             self._take(self._session.receive(data, now))
         else:
-            self._next_idle = now  # more to read: its edge is used up
+            self._more = True  # to read, and its edge is used up
         if self._port.state is not PortState.UP:
             self._take(self._session.disconnect(self._port.reason))
             self._blocked = False
@@ -506,30 +568,50 @@ class Daemon:
             self._take(self._session.tick(now))
         self._say_port()
 
+    def _strange(self) -> str:
+        """What is wrong with whoever is at the port's other end, if it doesn't speak as we do."""
+        if self._port.state is not PortState.UP or self._session.open:
+            return ""
+        if (
+            boottime() < self._port_since + _STRANGER
+            or self._session.counts["garbage"] == self._garbage_before
+        ):
+            return ""
+        return "what comes in is no Hello; is a vmr-host collector at the other end?"
+
     def _say_port(self) -> None:
-        said = "" if self._port.state is PortState.UP else f"{self._port.state.value}: {self._port.reason}"
+        up = self._port.state is PortState.UP
+        said = self._strange() if up else f"{self._port.state.value}: {self._port.reason}"
         if said != self._port_said:
             self._port_said = said
             self._log(f"port {self._settings.port}: {said or 'up'}")
 
     def _take(self, events: list[Any]) -> None:
         for event in events:
-            if isinstance(event, Opened):
-                self._shipper.ended()
-                self._log(f"session open with the host ({event.hello.version})")
-                self._rows_sent.clear()
-                for entry in self._roster:
-                    self._send_row(entry)
-                self._shipper.send(messages.Vmr(vmr=None, state="", attempt=0, reason=""))
-            elif isinstance(event, Ended):
-                self._log(f"session with the host over: {event.reason}")
-                self._shipper.ended()
-            elif isinstance(event, messages.Ack):
-                self._take_ack(event)
-            elif isinstance(event, messages.Start):
-                self._start(event.delay, "host")
-            elif isinstance(event, messages.Request):
-                self._take_request(event)
+            try:
+                self._heed(event)
+            except OSError as error:
+                self._failed(f"cannot use {self._settings.state_dir}: {error}")
+                # A Start comes again with the host's next heartbeat; all else comes again in a new session.
+                self._unheeded = self._unheeded or not isinstance(event, messages.Start)
+
+    def _heed(self, event: Any) -> None:
+        if isinstance(event, Opened):
+            self._shipper.ended()
+            self._log(f"session open with the host ({event.hello.version})")
+            self._rows_sent.clear()
+            for entry in self._roster:
+                self._send_row(entry)
+            self._shipper.send(messages.Vmr(vmr=None, state="", attempt=0, reason=""))
+        elif isinstance(event, Ended):
+            self._log(f"session with the host over: {event.reason}")
+            self._shipper.ended()
+        elif isinstance(event, messages.Ack):
+            self._take_ack(event)
+        elif isinstance(event, messages.Start):
+            self._start(event.delay, "host")
+        elif isinstance(event, messages.Request):
+            self._take_request(event)
 
     def _take_ack(self, ack: messages.Ack) -> None:
         try:
@@ -551,6 +633,9 @@ class Daemon:
         self._take(self._session.renew(boottime(), "a new life"))
 
     def _take_request(self, request: messages.Request) -> None:
+        if self._files.knows(request.verb):
+            self._take_file_request(request)
+            return
         args = request.args
         ok, error = True, ""
         result: dict[str, messages.Scalar] = {}
@@ -571,9 +656,23 @@ class Daemon:
                 raise Problem(f"cannot do {request.verb!r}: this vmr-agent doesn't know it")
         except Problem as problem:
             ok, error = False, str(problem)
+        except OSError as failed:
+            ok, error = False, f"cannot do {request.verb!r}: {failed}"
         self._shipper.send(
             messages.Reply(request=request.request, ok=ok, error=messages.text(error), result=result)
         )
+
+    def _take_file_request(self, request: messages.Request) -> None:
+        if request.verb == "read":
+            self._shipper.send_piece(lambda: self._files.read(request))
+            return
+        reply = self._files.do(request)
+        if reply is not None:
+            self._shipper.send(reply)
+
+    def _send_file_replies(self) -> None:
+        for reply in self._files.take():
+            self._shipper.send(reply)  # to another session than asked, the host repeats what it needs
 
     def _send_rows(self) -> None:
         changed, self._changed_rows = self._changed_rows, set()
@@ -589,8 +688,8 @@ class Daemon:
     def _send_row(self, entry: Entry) -> None:
         state, reason = roster.state_of(entry)
         attempt = entry.latest.info.attempt if entry.latest else 0
-        if self._rows_sent.get(entry.name) != (state, attempt):
-            self._rows_sent[entry.name] = (state, attempt)
+        if self._rows_sent.get(entry.name) != (state, attempt, reason):
+            self._rows_sent[entry.name] = (state, attempt, reason)
             self._shipper.send(
                 messages.Vmr(vmr=entry.name, state=state, attempt=attempt, reason=messages.text(reason))
             )
@@ -603,7 +702,7 @@ class Daemon:
             if not self._write():
                 break
         else:
-            self._next_idle = now  # more to write, and no edge will tell
+            self._more = True  # to write, and no edge will tell
         if self._port.state is PortState.UP:
             self._port.want_room(self._blocked)
 
@@ -714,7 +813,7 @@ class Daemon:
             "problem": self._problem,
             "port": self._settings.port,
             "port_state": self._port.state.value,
-            "port_reason": self._port.reason,
+            "port_reason": self._port.reason or self._strange(),
             "session": self._session.open,
             "dropped": dict(self._session.counts),
         }
@@ -738,6 +837,7 @@ class Daemon:
         return {"configured": self._spool.configured()}
 
     def _verb_kill(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+        number = _int({"signal": signal.SIGTERM.value, **request}, "signal")
         entry = self._known(_name(request))
         running = [run for run in entry.unfinished.values() if run.result() is None]
         open_ones = [
@@ -753,7 +853,8 @@ class Daemon:
         if run is None or run.closed() is not None:
             raise Problem("cannot kill the run: it is over")
         if not run.remembered(f"kill {key}"):
-            run.remember(f"kill {key}")
+            with suppress(OSError):  # on a full disk it is killed all the more
+                run.remember(f"kill {key}")
             processes.kill(run, number)
 
     def _verb_reset(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -777,6 +878,7 @@ class Daemon:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
         except OSError as error:
             raise Problem(f"cannot hold: {show(path)}: {error.strerror}") from None
+        self._watch(boottime(), full=False)
         return {}
 
     def _resume(self) -> dict[str, Any]:
@@ -787,6 +889,7 @@ class Daemon:
             pass
         except OSError as error:
             raise Problem(f"cannot resume: {show(path)}: {error.strerror}") from None
+        self._watch(boottime(), full=False)
         return {}
 
     def _known(self, name: bytes) -> Entry:
@@ -837,7 +940,6 @@ def _bytes(args: Mapping[str, Any], key: str) -> bytes:
     if not isinstance(value, bytes):
         raise Problem(f"cannot read the request: {key} must be bytes")
     return value
-        number = _int({"signal": signal.SIGTERM.value, **request}, "signal")
 
 
 def _int(args: Mapping[str, Any], key: str) -> int:
@@ -874,27 +976,57 @@ def _machine_id() -> Optional[str]:
 def _make_runtime(path: Path) -> Path:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.stat()
     except OSError as error:
-        raise Problem(
-            f"cannot make {path}: {error.strerror}", hint="--runtime-dir names another directory"
-        ) from None
+        raise _no_runtime(path, str(error.strerror)) from None
+    # Whoever may put another socket in the place of ours is asked by root's verbs in our stead.
+    if info.st_uid not in (0, os.geteuid()):
+        raise _no_runtime(path, f"it belongs to user {info.st_uid}")
+    if info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX:
+        raise _no_runtime(path, f"others may write to it (mode {stat.S_IMODE(info.st_mode):04o})")
     return path
+
+
+def _no_runtime(path: Path, why: str) -> Problem:
+    return Problem(f"cannot use {path}: {why}", hint="--runtime-dir names another directory")
+
+
+def _lock_runtime(path: Path) -> int:
+    """Hold the runtime directory: a second daemon, on another state directory, would take our sockets away."""
+    try:
+        fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _no_runtime(path, "another vmr-agent has it") from None
+    except OSError as error:
+        raise _no_runtime(path, str(error.strerror)) from None
+    return fd
 
 
 def _kick_socket(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    with suppress(FileNotFoundError):
-        path.unlink()
     old = os.umask(0o177)
     try:
+        path.unlink(missing_ok=True)
         sock.bind(os.fspath(path))
     except OSError as error:
-        raise Problem(
-            f"cannot listen at {path}: {error}", hint="--runtime-dir names another directory"
-        ) from None
+        raise _cannot_listen(path, error) from None
     finally:
         os.umask(old)
     return sock
+
+
+def _control_socket(path: Path) -> socket.socket:
+    try:
+        return control.listen(path)
+    except OSError as error:
+        raise _cannot_listen(path, error) from None
+
+
+def _cannot_listen(path: Path, error: OSError) -> Problem:
+    return Problem(
+        f"cannot listen at {path}: {error.strerror or error}", hint="--runtime-dir names another directory"
+    )
 
 
 def _become_subreaper() -> None:

@@ -107,9 +107,11 @@ class Roster:
     def _entry(self, name: bytes) -> Entry:
         entry = self._entries.get(name)
         if entry is None:
-            entry = self._entries[name] = Entry(name)
+            entry = Entry(name)
             for run in self._spool.runs_of(name):
                 entry.began(run)
+            # Not before: where its past can't be read, it must not pass for one that never ran.
+            self._entries[name] = entry
         return entry
 
     def _history(self, entry: Entry) -> Past:

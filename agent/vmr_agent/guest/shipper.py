@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from typing import Optional, Union
+from typing import Callable, Optional, Union
 
 from vmr_agent.guest.spool import Run
 from vmr_agent.runs import Ending, RunId, RunState, Stream
@@ -46,12 +46,15 @@ class _Delivery:
 
 
 class Shipper:
-    """Decides what the next frame is. Control frames go before output; runs with output take turns."""
+    """Decides what the next frame is. Control frames go before output; runs with output take turns, and so do
+    output and pieces of files."""
 
     def __init__(self, launch_dir: bytes, *, window: int = WINDOW) -> None:
         self._launch_dir = launch_dir
         self._window = window
         self._control: deque[messages.Message] = deque()
+        self._pieces: deque[Callable[[], messages.Message]] = deque()
+        self._pieces_turn = False
         self._deliveries: dict[RunId, _Delivery] = {}
         # Runs that may have something to say: a deque for the turns, a set so that each is in it once.
         self._turns: deque[RunId] = deque()
@@ -81,6 +84,10 @@ class Shipper:
         """Queue a control message for this session."""
         self._control.append(message)
 
+    def send_piece(self, make: Callable[[], messages.Message]) -> None:
+        """Queue a message as large as output, made when its turn comes: one frame of output, one of these."""
+        self._pieces.append(make)
+
     def acked(self, run: RunId) -> Optional[tuple[RunState, int, int]]:
         """(state, stdout, stderr) the host is known to hold of a run; None for one that is delivered whole."""
         delivery = self._deliveries.get(run)
@@ -104,6 +111,7 @@ class Shipper:
     def ended(self) -> None:
         """The session is over: what was not acknowledged in it is sent again in the next."""
         self._control.clear()
+        self._pieces.clear()
         self._in_flight = 0
         for delivery in self._deliveries.values():
             delivery.forget_session()
@@ -118,19 +126,23 @@ class Shipper:
         if delivery is None or not delivery.announced:
             return None
         held = {Stream.STDOUT: ack.stdout, Stream.STDERR: ack.stderr}
+        state = RunState(min(ack.state, RunState.CLOSED))
         if not delivery.answered:
-            self._check(delivery, held, ack)
+            self._check(delivery, held, state, ack.tails)
             delivery.answered = True
-            delivery.acked = delivery.sent = dict(held)  # nothing of it is in flight yet
-        self._in_flight -= delivery.in_flight
-        for stream, offset in held.items():
-            delivery.sent[stream] = max(delivery.sent[stream], offset)
-        delivery.acked = held
-        self._in_flight += delivery.in_flight
+            delivery.acked, delivery.sent = held, dict(held)  # nothing of it is in flight yet
+            delivery.state = state
+        else:
+            # Within a session a host takes nothing back and holds no more than was sent: what else it says is a
+            # mistake, which must not cost a byte.
+            self._in_flight -= delivery.in_flight
+            for stream, offset in held.items():
+                delivery.acked[stream] = min(max(offset, delivery.acked[stream]), delivery.sent[stream])
+            self._in_flight += delivery.in_flight
+            delivery.state = max(delivery.state, min(state, max(delivery.told, RunState.STARTED)))
         for run in self._stalled:
             self.touch(run)
         self._stalled.clear()
-        delivery.state = RunState(min(ack.state, RunState.CLOSED))
         if delivery.state is RunState.CLOSED:
             self._in_flight -= delivery.in_flight
             del self._deliveries[ack.run]
@@ -142,6 +154,16 @@ class Shipper:
         """The next frame to write, or None when there is nothing to send now."""
         if self._control:
             return session.frame(self._control.popleft())
+        self._pieces_turn = bool(self._pieces) and not self._pieces_turn
+        if not self._pieces_turn:
+            output = self._next_output(session)
+            if output is not None:
+                return output
+        return session.frame(self._pieces.popleft()()) if self._pieces else None
+
+    # --- inside ---
+
+    def _next_output(self, session: Session) -> Optional[bytes]:
         for _ in range(len(self._turns)):
             run_id = self._turns.popleft()
             self._waiting.discard(run_id)
@@ -153,8 +175,6 @@ class Shipper:
                 self.touch(run_id)
                 return frame
         return None
-
-    # --- inside ---
 
     def _frame(self, delivery: _Delivery, session: Session) -> Optional[bytes]:
         run = delivery.run
@@ -180,8 +200,10 @@ class Shipper:
                 counted = {stream: max(length, delivery.sent[stream]) for stream, length in counted.items()}
             if delivery.state >= RunState.EXITED:
                 delivery.told = RunState.EXITED
-            elif gap := self._gap(delivery, counted, session):
-                return gap
+            elif closed is not None and (gap := self._gap(delivery, counted, session)):
+                return (
+                    gap  # before that, what the exit counted and the spool lacks may wait in a shim for space
+                )
             elif all(delivery.sent[stream] >= length for stream, length in counted.items()):
                 delivery.told = RunState.EXITED
                 return session.frame(
@@ -229,14 +251,14 @@ class Shipper:
             attempt=run.info.attempt,
             trigger=run.info.trigger.value,
             request=run.info.request,
-            script=self._launch_dir + b"/" + run.info.vmr + b"/call_arguments.sh",
+            script=(self._launch_dir + b"/" + run.info.vmr + b"/call_arguments.sh")[: messages.MAX_TEXT],
             boot=run.info.boot_id,
             pid=started.pid if started else 0,
             started=started.wall_ns if started else (result.started_ns if result else run.info.created_ns),
         )
 
     def _output(self, delivery: _Delivery, session: Session) -> Optional[bytes]:
-        if self._in_flight >= self._window:
+        if self._in_flight + _CHUNK > self._window:
             self._stalled.add(delivery.run.info.run)
             return None
         lengths = delivery.run.lengths()
@@ -251,7 +273,7 @@ class Shipper:
             pruned = delivery.run.pruned(stream)
             if offset < pruned:
                 return self._missing(delivery, stream, pruned - offset, "pruned in the guest", session)
-            marks = tuple(delivery.run.marks(stream, offset, min(left, _CHUNK)))[:_MARKS]
+            marks = delivery.run.marks(stream, offset, min(left, _CHUNK), most=_MARKS)
             size = min(sum(length for length, _ in marks), _CHUNK - messages.OUTPUT_MARK * (len(marks) - 1))
             data = delivery.run.read(stream, offset, size)
             if not data:
@@ -266,14 +288,14 @@ class Shipper:
         return None
 
     def _gap(self, delivery: _Delivery, counted: dict[Stream, int], session: Session) -> Optional[bytes]:
-        """Bytes that were counted and are not in the spool: a power cut took them."""
+        """Bytes that were counted and never will be in the spool: the power, or their shim, went first."""
         lengths = delivery.run.lengths()
+        why = delivery.run.close_reason()
+        reason = messages.text("lost from the spool" + (f": {why}" if why else ""))
         for stream, spooled in ((Stream.STDOUT, lengths.stdout), (Stream.STDERR, lengths.stderr)):
             offset = delivery.sent[stream]
             if offset >= spooled and offset < counted[stream]:
-                return self._missing(
-                    delivery, stream, counted[stream] - offset, "lost from the spool by a power cut", session
-                )
+                return self._missing(delivery, stream, counted[stream] - offset, reason, session)
         return None
 
     def _missing(
@@ -282,38 +304,46 @@ class Shipper:
         offset = delivery.sent[stream]
         delivery.sent[stream] += length
         self._in_flight += length
-        return session.frame(messages.Gap(delivery.run.info.run, stream, offset, length, reason))
+        return session.frame(messages.Gap(delivery.run.info.run, int(stream), offset, length, reason))
 
-    def _check(self, delivery: _Delivery, held: dict[Stream, int], ack: messages.Ack) -> None:
-        lengths = delivery.run.lengths()
-        spooled = {Stream.STDOUT: lengths.stdout, Stream.STDERR: lengths.stderr}
-        # Cases, per stream: the host has less than we, the usual one; the host has more and the run is live: a
-        # snapshot; the host has more and the run is over: a power cut took unsynced bytes, nothing differs.
-        result = delivery.run.result()
-        over = result is not None and result.ending is Ending.LOST
-        tails = ack.tails or ((0, 0), (0, 0))
-        for stream, (crc, size) in zip((Stream.STDOUT, Stream.STDERR), tails):
+    def _check(
+        self,
+        delivery: _Delivery,
+        held: dict[Stream, int],
+        state: RunState,
+        tails: Optional[messages.Pairs],
+    ) -> None:
+        run = delivery.run
+        # Cases: the host knows no more than we, the usual one; it knows more and the run is live: a snapshot; it
+        # knows more and the run is over: a power cut took what wasn't synced, nothing differs.
+        if state >= RunState.EXITED and run.result() is None:
+            raise Diverged("the host knows the end of a run in progress")
+        live = run.closed() is None and (state is not RunState.CLOSED or run.locked())
+        if live and state is RunState.CLOSED:
+            raise Diverged("the host knows the last byte of a run in progress")
+        spooled = run.lengths()
+        for stream, (crc, size) in zip((Stream.STDOUT, Stream.STDERR), tails or ((0, 0), (0, 0))):
             end = held[stream]
-            if end > spooled[stream]:
-                if not over:
+            if end > spooled.of(stream):
+                if live:
                     raise Diverged(
-                        f"the host holds {end:,} bytes of a {stream.filename} of {spooled[stream]:,}"
+                        f"the host holds {end:,} bytes of a {stream.filename} of {spooled.of(stream):,}"
                     )
                 continue
-            start = end - min(size, TAIL)
-            if start < delivery.run.pruned(stream):
+            start = end - min(size, end, TAIL)
+            if start < run.pruned(stream):
                 continue
-            if size and _crc(delivery.run, stream, start, end) != crc:
+            if start < end and _crc(run, stream, start, end) != crc:
                 raise Diverged(f"the host holds another {stream.filename} of this run")
 
 
-def _fit(marks: tuple[tuple[int, int], ...], size: int) -> tuple[tuple[int, int], ...]:
-    """The marks that cover exactly ``size`` bytes."""
+def _fit(marks: list[tuple[int, int]], size: int) -> messages.Pairs:
+    """The marks that cover exactly ``size`` bytes. Times that no message can carry come from a damaged index."""
     fitted = []
     for length, wall in marks:
         if size <= 0:
             break
-        fitted.append((min(length, size), wall))
+        fitted.append((min(length, size), min(wall, messages.MAX_INT)))
         size -= length
     return tuple(fitted)
 
