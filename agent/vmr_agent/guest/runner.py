@@ -43,6 +43,7 @@ class Runner:
         launch_dir: Path,
         log: Callable[[str], None],
         boot_id: str,
+        keep: Callable[[Run], None] = lambda _: None,
         command: Optional[Sequence[str]] = None,
     ) -> None:
         self._spool = spool
@@ -50,6 +51,7 @@ class Runner:
         self._launch_dir = launch_dir
         self._log = log
         self._boot_id = boot_id
+        self._keep = keep  # called with each new run before its script can touch anything
         self._command = list(command or fork_server_command())
         self._server: Optional[subprocess.Popen[bytes]] = None
         self._orders: Optional[socket.socket] = None
@@ -156,6 +158,7 @@ class Runner:
         if clear_reboot:
             with contextlib.suppress(OSError):
                 os.unlink(self._directory(vmr) + b"/reboot")
+        self._keep(run)
         self._order(run)
         return run
 

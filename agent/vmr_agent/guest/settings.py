@@ -38,6 +38,8 @@ class Settings:
     quiet: float = 10.0
     spool_limit: int = 0
     """0: 1 GiB or a tenth of the file system, the smaller."""
+    keep_files: int = 1 << 20
+    """Files up to this size are kept with each attempt, for `diff`; 0: none."""
     max_reboots: int = 10
     reboot_command: Optional[tuple[str, ...]] = None
     """None: `systemctl reboot`, and only where the port is a VM's."""
@@ -100,6 +102,7 @@ _OPTIONS: Mapping[str, tuple[str, Any]] = {
     "settle": ("settle", _seconds),
     "quiet": ("quiet", _seconds),
     "spool_limit": ("spool_limit", _size),
+    "keep_files": ("keep_files", _size),
     "max_reboots": ("max_reboots", _count),
     "reboot_command": ("reboot_command", lambda text: tuple(shlex.split(text))),
 }

@@ -7,7 +7,8 @@ It must not know: processes (but for who holds a lock), the wire, the schedule.
     <state>/open/<run id>                         a link to each run that the host has not whole
     <state>/runs/<start time>/<name>/gone         "seen gone after attempt N"
     <state>/runs/<start time>/<name>/<attempt>/   run.json lock started stdout stderr index exit.json closed
-                                                  notes and, from a shim in trouble, blocked or failed
+                                                  notes and, from a shim in trouble, blocked or failed;
+                                                  files.json files/: see keepsakes
 
 `started`, `exit.json` and `closed` get these names when they are durable, see Run.recover().
 
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from vmr_agent.errors import Problem, show
+from vmr_agent.guest import keepsakes
 from vmr_agent.runs import (
     Ending,
     RunId,
@@ -178,6 +180,7 @@ class Run:
         self._exit: Optional[tuple[RunResult, bool]] = None
         self._closed: Optional[tuple[Lengths, str]] = None
         self._settled_usage: Optional[int] = None
+        self._kept: Optional[int] = None
 
     @classmethod
     def load(cls, path: Path) -> Optional[Run]:
@@ -295,8 +298,10 @@ class Run:
             # ENXIO: no data at all. Otherwise the file system knows no holes.
             return os.fstat(fd).st_size if error.errno == errno.ENXIO else 0
 
-    def marks(self, stream: Stream, offset: int, size: int) -> list[tuple[int, int]]:
-        """(length, wall clock ns) of the reads that brought [offset, offset + size), in order.
+    def marks(
+        self, stream: Stream, offset: int, size: int, *, most: Optional[int] = None
+    ) -> list[tuple[int, int]]:
+        """(length, wall clock ns) of the reads that brought [offset, offset + size), in order; the first ``most``.
 
         Stream files are the truth: what the index says beyond the asked range is cut, what it does not cover
         gets one piece with the file's time. Reading on from where the last call ended costs one small read.
@@ -321,6 +326,8 @@ class Run:
                         offset += piece
                     if offset >= end:
                         break
+                    if len(marks) == most:
+                        return marks
         finally:
             if fd >= 0:
                 os.close(fd)
@@ -492,7 +499,7 @@ class Run:
         """Bytes of disk it takes; counted once only when no more can come."""
         if self._settled_usage is not None:
             return self._settled_usage
-        total = _SMALL_FILES
+        total = _SMALL_FILES + self.kept_bytes()
         for name in ("stdout", "stderr", "index"):
             with contextlib.suppress(OSError):
                 total += (self.path / name).stat().st_blocks * 512
@@ -500,13 +507,25 @@ class Run:
             self._settled_usage = total
         return total
 
+    def kept_bytes(self) -> int:
+        """What the VMR's files that were kept with this attempt take; those that others have too, in part."""
+        if self._kept is None:
+            self._kept = 0
+            with contextlib.suppress(OSError), os.scandir(self.path / "files") as copies:
+                infos = [copy.stat() for copy in copies]
+                self._kept = sum(info.st_blocks * 512 // max(1, info.st_nlink) for info in infos)
+        return self._kept
+
     def prune(self, acked: Lengths, *, whole: bool) -> None:
         """Give back the blocks of acked bytes, all but each stream's tail; offsets stay what they are.
 
         `whole`: the host has all of it, so the index may go too, and where the file system can't punch holes
-        the files themselves.
+        the files themselves. The VMR's own files, if kept, go as well.
         """
         self._settled_usage = None
+        if whole:
+            shutil.rmtree(self.path / "files", ignore_errors=True)
+            self._kept = None
         try:
             for stream in Stream:
                 with contextlib.suppress(FileNotFoundError):
@@ -638,6 +657,7 @@ class Spool(History):
         self._zero: Optional[TimeZero] = None
         self._latest: dict[bytes, Optional[Run]] = {}
         self._gone: dict[bytes, int] = {}
+        self._used = 0  # at the last enforce()
         self._open = self._repair_open()
         self._full = (state_dir / "full").exists()
         # The survey counts what was whole before this daemon; release() counts what was open or came later.
@@ -791,6 +811,19 @@ class Spool(History):
             self._not_surveyed.add(os.fspath(path))
         return run
 
+    def keep_files(self, run: Run, directory: bytes, *, each: int) -> None:
+        """Keep the files of a run's VMR, those up to ``each`` bytes with their content. OSError where it can't.
+
+        A quarter of the limit, and of what is free, is not for this: what nobody needs never blocks a script.
+        """
+        fs = os.statvfs(self.path)
+        room = min(self.limit // 4 * 3 - self._used, fs.f_bavail * fs.f_frsize // 4 * 3)
+        number = run.info.attempt
+        previous = run.path.with_name(str(number - 1)) if number > 1 else None
+        trusted = frozenset({0, os.geteuid()})
+        keepsakes.keep(run.path, directory, previous=previous, each=each, room=room, trusted=trusted)
+        self._used += run.kept_bytes()
+
     def release(self, run: Run) -> None:
         """The host has the run whole; nothing about it is asked at the next start.
 
@@ -866,6 +899,7 @@ class Spool(History):
             # Down to nine tenths, so that it is not done again for each megabyte.
             self._prune(acked, used - self.limit // 10 * 9)
             used = self.usage()
+        self._used = used
         full = used > (self.limit // 20 * 19 if self._full else self.limit)
         if full and not self._full:
             with contextlib.suppress(OSError):
@@ -891,7 +925,7 @@ class Spool(History):
 
     def _count_settled(self, run: Run) -> None:
         self._settled += run.usage()
-        if max(run.lengths()) > KEPT_TAIL:
+        if max(run.lengths()) > KEPT_TAIL or run.kept_bytes():
             heapq.heappush(self._prunable, (run.info.created_ns, os.fspath(run.path)))
         run.close_fds()
 
