@@ -82,14 +82,14 @@ def sort_key(vmr: bytes) -> tuple[StartTime, bytes]:
     return (start_time_of(vmr), vmr)
 
 
-def near(vmr: bytes, known: Iterable[bytes]) -> str:
+def near(vmr: bytes, known: Iterable[bytes], *, otherwise: str = "vmr-agent status lists them") -> str:
     """A hint for somebody who named a VMR that there isn't: those he may have meant."""
     names = [show(each) for each in known]
     found = difflib.get_close_matches(show(vmr), names, n=3, cutoff=0.4)
     if not found:  # the same directory name at another time
         tail = show(vmr).rpartition("/")[2]
         found = [each for each in names if each.rpartition("/")[2] == tail][:3]
-    return f"did you mean {' or '.join(found)}?" if found else "vmr-agent status lists them"
+    return f"did you mean {' or '.join(found)}?" if found else otherwise
 
 
 class Staging(enum.Enum):

@@ -7,12 +7,14 @@ whatever one sends, the others go on. Over 400 lines, as one module: a loop and 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import selectors
 import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,13 @@ from typing import Any, Callable, Optional
 import vmr_agent
 from vmr_agent import control
 from vmr_agent.errors import Problem, show
+from vmr_agent.host import view
 from vmr_agent.host.chardev import Chardev
 from vmr_agent.host.life import BadGuest, Diverged
 from vmr_agent.host.logstore import LogStore, Syncer
 from vmr_agent.host.renderer import RendererProcess
+from vmr_agent.host.transfer import Relay
+from vmr_agent.schedule import near, parse_vmr
 from vmr_agent.wire import messages
 from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
 
@@ -58,6 +63,9 @@ class Guest:
         self.store = store
         self.hello: Optional[messages.Hello] = None
         self.configured = False
+        self.zero: Optional[float] = None
+        """Time zero on the monotonic clock where this VM was started by itself."""
+        self.started = False
         self.rows: dict[bytes, messages.Vmr] = {}
         self.health: Mapping[str, Any] = {}
         self._collector = collector
@@ -69,8 +77,9 @@ class Guest:
             received=self._received,
             closed=self._closed,
         )
+        self.relay = Relay(self.send)
         self._first_round: Optional[dict[bytes, messages.Vmr]] = None
-        self._waiting: dict[bytes, Callable[[messages.Reply], None]] = {}
+        self._waiting: dict[bytes, tuple[messages.Request, Callable[[messages.Reply], None]]] = {}
         self._held_lines: dict[tuple[bytes, int], float] = {}
         self._line_timer: Optional[asyncio.TimerHandle] = None
         self._strange_since: Optional[float] = None
@@ -79,6 +88,11 @@ class Guest:
     @property
     def online(self) -> bool:
         return self._session.open
+
+    @property
+    def reason(self) -> str:
+        """Why there is no session; empty while there is one."""
+        return "" if self.online else self.chardev.reason or "connected, but vmr-agent is not heard"
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -96,13 +110,26 @@ class Guest:
     def request(
         self, verb: str, args: Mapping[str, messages.Scalar], answer: Callable[[messages.Reply], None]
     ) -> bool:
-        """Ask the guest for something; ``answer`` is called with its reply. False when there is no session."""
-        request = os.urandom(16)
-        if not self.send(messages.Request(request=request, verb=verb, args=args)):
+        """Ask the guest for something. False when there is no session.
+
+        ``answer`` is called once, with its reply or with why none came in time. What it hasn't answered when a
+        session ends it is asked again in the next: it does the same request once.
+        """
+        request = messages.Request(request=os.urandom(16), verb=verb, args=args)
+        if not self.send(request):
             return False
-        self._waiting[request] = answer
-        asyncio.get_running_loop().call_later(_REPLY, self._waiting.pop, request, None)
+        self._waiting[request.request] = (request, answer)
+        asyncio.get_running_loop().call_later(_REPLY, self._give_up, request)
         return True
+
+    def _give_up(self, request: messages.Request, why: str = f"no answer within {_REPLY:.0f} s") -> None:
+        reason = f" ({self.reason})" if self.reason else ""
+        error = f"cannot {request.verb} on {self.vm}: {why}{reason}; it may be done all the same"
+        self._answered(messages.Reply(request.request, False, messages.text(error), {}))
+
+    def _answered(self, reply: messages.Reply) -> None:
+        if reply.request in self._waiting:
+            self._waiting.pop(reply.request)[1](reply)
 
     def acknowledge(self, acks: Sequence[messages.Ack]) -> None:
         for ack in acks:
@@ -187,13 +214,13 @@ class Guest:
             self.health = event.health or {}
             self._learn(event.configured, event.since_zero, event.zero_by)
         elif isinstance(event, messages.Reply):
-            answer = self._waiting.pop(event.request, None)
-            if answer is not None:
-                answer(event)
+            if not self.relay.take(event):
+                self._answered(event)
         elif isinstance(event, Opened):
             self._begin(event.hello)
         elif isinstance(event, Ended):
             self._held_lines.clear()
+            self.relay.ended(event.reason)
             say(f"{self.vm}: session over: {event.reason}")
 
     def _begin(self, hello: messages.Hello) -> None:
@@ -211,6 +238,11 @@ class Guest:
             self._held_lines[run, stream] = now
         self._time_lines()
         self._collector.want_sweep()
+        for request, _ in list(self._waiting.values()):
+            if new_life:
+                self._give_up(request, "it was asked in an earlier life of this VM")
+            else:
+                self.send(request)
         self._learn(hello.configured, hello.since_zero, hello.zero_by)
 
     def _learn(self, configured: Optional[bool], since_zero: Optional[int], zero_by: Optional[str]) -> None:
@@ -259,7 +291,9 @@ class Guest:
 
     def _diverged(self, reason: str) -> None:
         say(f"{self.vm}: was set back in time: {reason}")
-        self.request("diverged", {"reason": messages.text(reason)}, lambda _: None)
+        # Not by request(): there is no answer, and asked again in the session it brings it would have no end.
+        args = {"reason": messages.text(reason)}
+        self.send(messages.Request(request=os.urandom(16), verb="diverged", args=args))
 
 
 MAX_ROWS = 100_000  # VMRs of one VM kept in memory: ten times the most anyone stages
@@ -394,7 +428,8 @@ class Collector:
     def learned(self, guest: Guest, since_zero: Optional[int], zero_by: Optional[str]) -> None:
         """A guest said how it stands: whether it's configured, and its time zero."""
         now = time.monotonic()
-        if self._zero is None and since_zero is not None and zero_by == "host":
+        guest.started = since_zero is not None
+        if self._zero is None and since_zero is not None and zero_by == "host" and guest.zero is None:
             # We were started again: the first guest that was told by a host tells us.
             self._zero = now - since_zero / 1e9
         if self._zero is None and self._expect is not None:
@@ -402,8 +437,9 @@ class Collector:
             if configured >= self._expect:
                 say(f"{configured} VMs are configured: the experiment starts in {self._start_buffer:g} s")
                 self.start(self._start_buffer)
-        if self._zero is not None and since_zero is None:
-            guest.send(messages.Start(delay=int((self._zero - now) * 1e9)))
+        zero = self._zero if guest.zero is None else guest.zero
+        if zero is not None and since_zero is None:
+            guest.send(messages.Start(delay=int((zero - now) * 1e9)))
 
     def start(self, delay: float) -> None:
         """Set time zero ``delay`` seconds from now, for all VMs, also those that come later."""
@@ -422,6 +458,7 @@ class Collector:
                     hint="--control names another socket",
                 )
             self._listener = control.listen(self._control_path)
+            view.leave_word(self._control_path, self._log_dir)
         except OSError as error:
             raise Problem(
                 f"cannot listen at {self._control_path}: {error.strerror or error}",
@@ -451,9 +488,9 @@ class Collector:
                 self._tell(client, {"ok": False, "error": problem.args[0], "hint": problem.hint})
         self._attend(client)
 
-    def _tell(self, client: control.Client, row: Mapping[str, Any]) -> None:
+    def _tell(self, client: control.Client, row: Mapping[str, Any], data: bytes = b"") -> None:
         if client in self._clients:
-            client.say(row)
+            client.say(row, data)
             self._attend(client)
 
     def _attend(self, client: control.Client) -> None:
@@ -481,11 +518,21 @@ class Collector:
 
     def _answer(self, client: control.Client, request: Mapping[str, Any]) -> None:
         verb = request["verb"]
+        log_dir = os.fspath(self._log_dir.absolute())
         if verb == "mix":
-            self._tell(client, {"ok": True, "log_dir": os.fspath(self._log_dir), "vms": self._mix()})
+            vms = [self._vm(guest) for guest in self._chosen(request)]
+            self._tell(client, {"ok": True, "log_dir": log_dir, "vms": vms})
+        elif verb == "list":
+            guest = self._guest(request)
+            row = {**self._vm(guest), "vmrs": self._rows(guest)}
+            self._tell(client, {"ok": True, "log_dir": log_dir, **row})
         elif verb == "start":
             self._verb_start(client, request)
-        elif verb in ("rerun", "kill", "hold", "resume"):
+        elif verb in ("hold", "resume"):
+            self._verb_hold(client, verb, request)
+        elif verb == "files":
+            self._verb_files(client, request)
+        elif verb in ("rerun", "kill"):
             self._forward(client, verb, request)
         else:
             raise Problem(f"cannot do {verb!r}: unknown verb")
@@ -494,88 +541,109 @@ class Collector:
         delay = request.get("delay", 0)
         if not isinstance(delay, (int, float)) or not 0 <= delay <= 10**9:
             raise Problem("cannot start: the delay must be a number of seconds")
-        if request.get("vm") is not None:
-            guest = self._guest(request)
-            if not guest.send(messages.Start(delay=int(delay * 1e9))):
-                raise Problem(f"cannot start {guest.vm}: no session with it: {guest.chardev.reason}")
-        elif self._zero is not None:
-            raise Problem("cannot start: the experiment's start is set already")
-        else:
+        guests = self._chosen(request)
+        if request.get("vm") is None:
+            if self._zero is not None:
+                raise Problem("cannot start: the experiment's start is set already")
             self.start(delay)
-        self._tell(client, {"ok": True})
+        else:
+            (guest,) = guests
+            if guest.started or guest.zero is not None:
+                raise Problem(f"cannot start {guest.vm}: its time zero is set already")
+            guest.zero = time.monotonic() + delay
+            guest.send(messages.Start(delay=int(delay * 1e9)))
+        failed = {guest.vm: f"is offline: {guest.reason}" for guest in guests if not guest.online}
+        self._tell(client, {"ok": True, "done": len(guests) - len(failed), "failed": failed})
+
+    def _verb_hold(self, client: control.Client, verb: str, request: Mapping[str, Any]) -> None:
+        """hold or resume; answered when all VMs have answered or won't."""
+        guests = self._chosen(request)
+        waiting = {guest.vm for guest in guests}
+        failed: dict[str, str] = {}
+
+        def answer(guest: Guest, reply: Optional[messages.Reply]) -> None:
+            if reply is None:
+                failed[guest.vm] = f"is offline: {guest.reason}"
+            elif not reply.ok:
+                failed[guest.vm] = f"says: {show(reply.error.encode())}"
+            waiting.discard(guest.vm)
+            if not waiting:
+                self._tell(client, {"ok": True, "done": len(guests) - len(failed), "failed": failed})
+
+        for guest in guests:
+            if not guest.request(verb, {}, functools.partial(answer, guest)):
+                answer(guest, None)
+
+    def _verb_files(self, client: control.Client, request: Mapping[str, Any]) -> None:
+        guest = self._guest(request)
+
+        def answer(row: Mapping[str, Any], data: bytes) -> None:
+            self._tell(client, row, data)
+
+        guest.relay.ask(request, request.get("data", b""), answer, f"{guest.vm} is offline: {guest.reason}")
 
     def _forward(self, client: control.Client, verb: str, request: Mapping[str, Any]) -> None:
-        if verb in ("hold", "resume") and request.get("vm") is None:
-            guests = [guest for guest in self.guests.values() if guest.online]
-            for guest in guests:
-                guest.request(verb, {}, lambda _: None)
-            self._tell(client, {"ok": True, "vms": [guest.vm for guest in guests]})
-            return
+        """rerun or kill."""
         guest = self._guest(request)
-        args: dict[str, messages.Scalar] = {}
-        if verb in ("rerun", "kill"):
-            vmr = os.fsencode(str(request.get("vmr", "")))
-            args = {"vmr": vmr}
-            if verb == "kill":
-                args = {
-                    "run": self._running(guest, vmr),
-                    "signal": int(request.get("signal", signal.SIGTERM)),
-                }
+        vmr = os.fsencode(str(request.get("vmr", "")))
+        args: dict[str, messages.Scalar] = {"vmr": vmr}
+        if parse_vmr(vmr) != vmr:
+            raise Problem(f"cannot {verb} {show(vmr)}: no VMR has such a name")
+        if not guest.online:
+            raise Problem(f"cannot {verb} {show(vmr)}: {guest.vm} is offline: {guest.reason}")
+        if verb == "kill":
+            number = request.get("signal", int(signal.SIGTERM))
+            if type(number) is not int or not 0 < number < signal.NSIG:
+                raise Problem("cannot kill: the signal must be a number")
+            args.update(run=self._running(guest, vmr), signal=number)
 
         def answer(reply: messages.Reply) -> None:
-            result = {
-                key: value.hex() if isinstance(value, bytes) else value for key, value in reply.result.items()
-            }
-            if reply.ok:
-                self._tell(client, {"ok": True, **result})
-            else:
+            if not reply.ok:
                 self._tell(client, {"ok": False, "error": show(reply.error.encode()), "hint": None})
+                return
+            row = {key: each.hex() if isinstance(each, bytes) else each for key, each in reply.result.items()}
+            self._tell(client, {**row, "ok": True, "log_dir": os.fspath(self._log_dir.absolute())})
 
-        if not guest.request(verb, args, answer):
-            raise Problem(
-                f"cannot {verb}: no session with {guest.vm}: {guest.chardev.reason or 'it says nothing'}"
-            )
+        guest.request(verb, args, answer)
 
     def _running(self, guest: Guest, vmr: bytes) -> bytes:
         run = guest.store.latest(vmr)
-        if run is None:
-            raise Problem(f"cannot kill {show(vmr)}: no run of it has been seen on {guest.vm}")
-        return run
+        if run is not None:
+            return run
+        if vmr in guest.rows:
+            raise Problem(f"cannot kill {show(vmr)}: it has not run on {guest.vm}")
+        hint = near(vmr, guest.rows, otherwise=f"vmr-host list {guest.vm} lists them")
+        raise Problem(f"cannot find a VMR {show(vmr)} on {guest.vm}", hint=hint)
+
+    def _chosen(self, request: Mapping[str, Any]) -> list[Guest]:
+        """The VM that is meant, or all."""
+        return list(self.guests.values()) if request.get("vm") is None else [self._guest(request)]
 
     def _guest(self, request: Mapping[str, Any]) -> Guest:
         vm = request.get("vm")
         guest = self.guests.get(str(vm))
         if guest is None:
-            raise Problem(f"cannot find a VM {str(vm)!r}", hint="the VMs are " + ", ".join(self.guests))
+            raise Problem(f"cannot find a VM {view.text(str(vm))}", hint=view.near(str(vm), self.guests))
         return guest
 
-    def _mix(self) -> list[dict[str, Any]]:
-        rows = []
-        for guest in self.guests.values():
-            counts: dict[str, int] = {}
-            for row in guest.rows.values():
-                counts[row.state] = counts.get(row.state, 0) + 1
-            rows.append(
-                {
-                    "vm": guest.vm,
-                    "online": guest.online,
-                    "reason": guest.chardev.reason,
-                    "configured": guest.configured,
-                    "counts": counts,
-                    "rows": [
-                        {
-                            "vmr": show(row.vmr or b""),
-                            "state": row.state,
-                            "attempt": row.attempt,
-                            "reason": row.reason,
-                        }
-                        for row in guest.rows.values()
-                    ],
-                    "health": dict(guest.health),
-                    "dropped": guest.dropped,
-                }
-            )
-        return rows
+    def _vm(self, guest: Guest) -> dict[str, Any]:
+        """What is known of a VM, but for what its files say."""
+        states = Counter(row.state for row in guest.rows.values())
+        return {
+            "vm": guest.vm,
+            "online": guest.online,
+            "reason": guest.reason,
+            "configured": guest.configured,
+            "states": dict(states),
+            "health": {key: each for key, each in guest.health.items() if not isinstance(each, bytes)},
+            "dropped": guest.dropped,
+        }
+
+    def _rows(self, guest: Guest) -> list[dict[str, Any]]:
+        return [
+            {"vmr": os.fsdecode(name), "state": row.state, "attempt": row.attempt, "reason": row.reason}
+            for name, row in guest.rows.items()
+        ]
 
 
 def _introduce(own: bytes, peer: Optional[bytes]) -> messages.Hello:

@@ -148,9 +148,7 @@ class LogStore:
 
     def _find_life(self, *, trust: bool) -> Optional[Life]:
         try:
-            directory = os.open(
-                self._segment, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=self._root
-            )
+            directory = os.open(self._segment, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=self._root)
         except FileNotFoundError:
             return None
         begun = read_life(directory)
