@@ -200,10 +200,8 @@ class Shipper:
                 counted = {stream: max(length, delivery.sent[stream]) for stream, length in counted.items()}
             if delivery.state >= RunState.EXITED:
                 delivery.told = RunState.EXITED
-            elif closed is not None and (gap := self._gap(delivery, counted, session)):
-                return (
-                    gap  # before that, what the exit counted and the spool lacks may wait in a shim for space
-                )
+            elif gap := self._gap(delivery, counted, session) if closed is not None else None:
+                return gap  # not before: what the spool lacks may wait for space, in the shim's memory
             elif all(delivery.sent[stream] >= length for stream, length in counted.items()):
                 delivery.told = RunState.EXITED
                 return session.frame(
