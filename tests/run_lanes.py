@@ -55,6 +55,15 @@ def python39() -> str:
     return ""
 
 
+def install_tools() -> None:
+    """Programs that some tests are about; those tests are skipped, and say so, where they can't be had."""
+    if shutil.which("rsync") is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for arguments in (["-q", "update"], ["-qy", "install", "rsync"]):
+            subprocess.run(["apt-get", *arguments], env=environment, check=False, **quiet)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/run", description=__doc__)
     parser.add_argument("--long", action="store_true", help="the big counts too")
@@ -62,6 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.pytest:
         raise SystemExit(lane("newest", NEWEST, args.pytest))
+    install_tools()
     choose = [] if args.long else ["-m", "not long"]
     common = ["-q", "--timeout=300", *choose]
     failed = [lane("newest", NEWEST, common)]
