@@ -1,7 +1,8 @@
 """What lives here: the local socket between the daemon and the verbs: one JSON object a line, so `socat` works too.
 
 It must not know: what a verb does. Output bytes never cross it: `logs` and `rerun` read the spool. Names are JSON
-strings made with `os.fsdecode`, so bytes that are not UTF-8 pass as lone surrogates.
+strings made with `os.fsdecode`, so bytes that are not UTF-8 pass as lone surrogates. A piece of a file follows a line
+raw, its length in the line as `bytes`.
 """
 
 from __future__ import annotations
@@ -91,12 +92,12 @@ class Client:
             # It has said all it wanted, as `socat` does at the end of its input; what it asked for it gets.
             self._listening, self.watching = False, None
             return []
-        *lines, self._in = (self._in + data).split(b"\n")
-        if len(self._in) > _MAX_LINE:
-            self._give_up()
-            return []
+        self._in += data
         requests: list[Mapping[str, Any]] = []
-        for line in lines:
+        while True:
+            line, newline, rest = self._in.partition(b"\n")
+            if not newline:
+                break
             try:
                 request = json.loads(line)
             except (ValueError, RecursionError):
@@ -105,16 +106,29 @@ class Client:
                 self.say(
                     {"ok": False, "error": 'cannot read the request: one JSON object a line, with a "verb"'}
                 )
+                self._in = rest
                 continue
+            size = request.get("bytes", 0)
+            if type(size) is not int or not 0 <= size <= _MAX_LINE:
+                self._give_up()
+                return []
+            if len(rest) < size:
+                return requests  # the line is read again when more has come
+            request["data"], self._in = rest[:size], rest[size:]
             requests.append(request)
+        if len(self._in) > _MAX_LINE:
+            self._give_up()
+            return []
         return requests
 
-    def say(self, row: Mapping[str, Any]) -> None:
+    def say(self, row: Mapping[str, Any], data: bytes = b"") -> None:
         """Tell it something, however long; not all of it need be gone when this returns."""
         if len(self._out) > _MAX_UNREAD:
             self._give_up()  # a shell that was stopped must cost nothing
             return
-        self._out += json.dumps(row).encode("ascii") + b"\n"
+        if data:
+            row = {**row, "bytes": len(data)}
+        self._out += json.dumps(row).encode("ascii") + b"\n" + data
         self.flush()
 
     def nudge(self, row: Mapping[str, Any]) -> None:
@@ -181,6 +195,31 @@ class Daemon:
         if not answer.pop("ok", False):
             raise Problem(str(answer.get("error", "cannot do that")), hint=answer.get("hint"))
         return answer
+
+    def say(self, row: Mapping[str, Any], data: bytes = b"") -> None:
+        """Send a request whose answer :meth:`hear` gives. Raises OSError when nobody is there."""
+        if data:
+            row = {**row, "bytes": len(data)}
+        self._sock.sendall(json.dumps(row).encode("ascii") + b"\n" + data)
+
+    def hear(self) -> tuple[dict[str, Any], bytes]:
+        """The next answer and the bytes that follow it. Raises OSError when nobody is there."""
+        try:
+            row = self._line()
+        except ValueError:
+            row = None
+        if row is None:
+            raise ConnectionError("it went away")
+        size = row.get("bytes", 0)
+        pieces, there = [self._in], len(self._in)
+        while there < size:
+            pieces.append(self._sock.recv(_MAX_LINE))
+            if not pieces[-1]:
+                raise ConnectionError("it went away")
+            there += len(pieces[-1])
+        whole = b"".join(pieces)
+        self._in = whole[size:]
+        return row, whole[:size]
 
     def drain(self) -> bool:
         """Take what it said unasked, which only means that there is something to look at; False: it is gone."""

@@ -20,6 +20,7 @@ MAX_TEXT = 4_096  # PATH_MAX: no name Linux takes is longer, and no sentence sho
 MAX_MARKS = 2_048  # items of any array; more reads, a byte each, fit into no frame
 MAX_MAP = 256  # keys of any map
 MAX_INT = 2**63 - 1
+PIECE = 31 * 1024  # bytes of a file in one Request or Reply: with all else in it, it fits into a frame
 
 
 class Malformed(ValueError):
@@ -299,6 +300,7 @@ FIELDS: Mapping[Any, tuple[tuple[str, str, bool, Callable[[Any], bool]], ...]] =
     cls: _fields(cls) for cls in TYPES.values()
 }
 """For each message class its fields: (name, kind, may be nil, check)."""
+
 
 def text(value: str) -> str:
     """``value`` as a ``text`` may be: valid UTF-8 and short. For sentences that quote what others made."""

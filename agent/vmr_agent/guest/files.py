@@ -1,0 +1,409 @@
+"""What lives here: the VM's files read, written and put in place at the host's word, a piece a request.
+
+It must not know: the port, sessions, runs, when anything starts. There is no table of transfers either: each
+request says which state of which file it presumes, so a request that is repeated changes nothing, and what
+continues after a lost session is known to the host alone. The verbs and their fields are in `PROTOCOL.md`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import threading
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Callable, Optional
+
+from vmr_agent.errors import Problem, show
+from vmr_agent.schedule import is_vmr_directory, parse_start_time, sort_key
+from vmr_agent.wire.messages import PIECE, Reply, Request, Scalar, text
+
+Args = Mapping[str, Scalar]
+Result = dict[str, Scalar]
+_BLOCK = 1 << 20  # bytes hashed at once; hashlib and reads let other threads run meanwhile
+_WORKERS = 8  # threads at most: the host's window asks for more, and under emulation each is slow
+_PART = b".part"
+
+
+class Files:
+    """Does what the host asks about files.
+
+    Three kinds of verbs, by what they may cost the daemon's loop. `read` is done when the port has room for its
+    answer. What the disk or a digest may hold up for long is done in a thread, whose answer :meth:`take` gives
+    once :meth:`fileno` is readable. The others are done at once, in the order asked.
+    """
+
+    def __init__(self, launch_dir: bytes) -> None:
+        self._launch = launch_dir
+        self._at_once: Mapping[str, Callable[[Args], Result]] = {
+            "stat": self._stat,
+            "write": self._write,
+            "mkdir": self._mkdir,
+            "link": self._link,
+            "rename": self._rename,
+            "stage": self._stage,
+        }
+        self._slow: Mapping[str, Callable[[Args], Result]] = {
+            "list": self._list,
+            "digest": self._digest,
+            "place": self._place,
+            "remove": self._remove,
+            "sync": self._sync,
+        }
+        self._jobs: deque[Request] = deque()
+        self._under_way: set[bytes] = set()
+        self._threads = 0
+        self._lock = threading.Lock()
+        self._done: deque[Reply] = deque()
+        self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._woken
+
+    def knows(self, verb: str) -> bool:
+        return verb == "read" or verb in self._at_once or verb in self._slow
+
+    def do(self, request: Request) -> Optional[Reply]:
+        """The answer to any verb but `read`; None when a thread will give it."""
+        act = self._at_once.get(request.verb)
+        if act is not None:
+            return _answer(request, act)
+        with self._lock:
+            if request.request in self._under_way:
+                return None  # repeated after a lost session: its answer comes
+            self._under_way.add(request.request)
+            self._jobs.append(request)
+            begin = self._threads < _WORKERS
+            self._threads += begin
+        if begin:
+            # A daemon thread: a disk that doesn't sync must not hold up the daemon's end.
+            threading.Thread(target=self._work, name="files", daemon=True).start()
+        return None
+
+    def read(self, request: Request) -> Reply:
+        """The answer to `read`."""
+        return _answer(request, self._read)
+
+    def take(self) -> list[Reply]:
+        """What the threads have done."""
+        with suppress(BlockingIOError):
+            os.read(self._woken, 4096)
+        found = []
+        while self._done:
+            found.append(self._done.popleft())
+        return found
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._threads -= 1
+                    return
+                request = self._jobs.popleft()
+            reply = _answer(request, self._slow[request.verb])
+            with self._lock:
+                self._under_way.discard(request.request)
+            self._done.append(reply)
+            with suppress(BlockingIOError):  # full: the loop is woken already
+                os.write(self._wake, b".")
+
+    # --- out of the VM ---
+
+    def _stat(self, args: Args) -> Result:
+        path = self._path(args)
+        status = os.stat(path)
+        return {"path": path, **_facts(status)}
+
+    def _read(self, args: Args) -> Result:
+        path = self._path(args)
+        offset, end = _number(args, "offset"), _number(args, "end")
+        with _Opened(path, args.get("id")) as file:
+            start = _next_data(file.fd, offset, file.status.st_size)
+            if start >= end:
+                return {"at": start, "data": b""}
+            return {"at": start, "data": os.pread(file.fd, min(end - start, PIECE), start)}
+
+    def _digest(self, args: Args) -> Result:
+        with _Opened(self._path(args), args.get("id")) as file:
+            return {"sha256": _sha256(file.fd)}
+
+    def _list(self, args: Args) -> Result:
+        """A page of a directory, after a name: JSON objects, one a line, names by `os.fsdecode`."""
+        path, after = self._path(args), _bytes(args, "after")
+        lines: list[bytes] = []
+        size = 0
+        names = sorted(name for name in os.listdir(path) if name > after)
+        for name in names:
+            inside = os.path.join(path, name)
+            status = os.lstat(inside)
+            facts = {"name": os.fsdecode(name), **_facts(status), "id": os.fsdecode(_identity(status))}
+            if stat.S_ISLNK(status.st_mode):
+                facts["target"] = os.fsdecode(os.readlink(inside))
+            line = json.dumps(facts).encode() + b"\n"
+            size += len(line)
+            if size > PIECE:
+                break
+            lines.append(line)
+        return {"data": b"".join(lines), "more": len(lines) < len(names)}
+
+    # --- into the VM ---
+
+    def _write(self, args: Args) -> Result:
+        path, offset, data = self._path(args), _number(args, "offset"), _bytes(args, "data")
+        # Never through a link, nor into what another user put there: in /tmp anybody can guess the name.
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                raise Problem(f"{show(path)}: something else is there")
+            while data:
+                taken = os.pwrite(fd, data, offset)
+                data, offset = data[taken:], offset + taken
+        finally:
+            os.close(fd)
+        return {}
+
+    def _place(self, args: Args) -> Result:
+        """A written file gets its length, mode and time, and its name once its digest is right."""
+        part, path = self._path(args, "part"), self._path(args)
+        size, digest = _number(args, "size"), _bytes(args, "sha256")
+        try:
+            fd = os.open(part, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if _holds(path, digest):
+                return {}  # placed already, and the host didn't hear of it
+            raise
+        try:
+            os.ftruncate(fd, size)
+            if _sha256(fd) != digest:
+                os.unlink(part)
+                if part != path and _holds(path, digest):
+                    return {}  # likewise; a write repeated since had begun the part anew
+                raise Problem(f"{show(path)}: what arrived is not what was sent: the digests differ")
+            os.fchmod(fd, _number(args, "mode"))
+            os.utime(fd, ns=(_int(args, "mtime"),) * 2)
+            if part != path:
+                os.fsync(fd)
+                os.rename(part, path)
+                _sync_directory(os.path.dirname(path))
+        finally:
+            os.close(fd)
+        return {}
+
+    def _mkdir(self, args: Args) -> Result:
+        path = self._path(args)
+        if path == self._launch:
+            os.makedirs(path, 0o755, exist_ok=True)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise
+        if args.get("mode") is not None:
+            os.chmod(path, _number(args, "mode"))
+            os.utime(path, ns=(_int(args, "mtime"),) * 2)
+        return {"id": _same_directory(os.lstat(path))}
+
+    def _link(self, args: Args) -> Result:
+        path, target = self._path(args), _bytes(args, "target")
+        try:
+            os.symlink(target, path)
+        except FileExistsError:
+            if not os.path.islink(path) or os.readlink(path) != target:
+                raise
+        return {}
+
+    def _rename(self, args: Args) -> Result:
+        """A tree that was pushed gets its name; only where nothing is, or an empty directory."""
+        part, path = self._path(args, "part"), self._path(args)
+        try:
+            os.rename(part, path)
+        except FileNotFoundError:
+            if not os.path.isdir(path) or _same_directory(os.lstat(path)) != args.get("id"):
+                raise
+        return {}
+
+    def _remove(self, args: Args) -> Result:
+        path = self._path(args)
+        if not os.path.basename(path).startswith(b".") or not path.endswith(_PART):
+            raise Problem(f"{show(path)}: isn't half of a transfer")
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        return {}
+
+    def _sync(self, args: Args) -> Result:
+        os.sync()
+        return {}
+
+    def _stage(self, args: Args) -> Result:
+        """The VMRs of a tree that was pushed into the launch directory go where they belong.
+
+        It is done within one turn of the daemon's loop, so the schedule finds all of them or none: a lower
+        start time is never overtaken. Lowest first all the same, should the power fail in between.
+        """
+        part = self._path(args)
+        try:
+            times = os.listdir(part)
+        except FileNotFoundError:
+            return {"staged": 0}  # done already, and the host didn't hear of it
+        vmrs = [time + b"/" + name for time in times for name in os.listdir(os.path.join(part, time))]
+        for vmr in vmrs:
+            time, _, name = vmr.partition(b"/")
+            if parse_start_time(time) is None or not is_vmr_directory(name):
+                raise Problem(f"{show(vmr)}: is no VMR's name")
+            if os.path.lexists(os.path.join(self._launch, vmr)):
+                raise Problem(f"{show(vmr)}: is staged already")
+        for vmr in sorted(vmrs, key=sort_key):
+            target = os.path.join(self._launch, vmr)
+            with suppress(FileExistsError):
+                os.mkdir(os.path.dirname(target), 0o755)
+            os.rename(os.path.join(part, vmr), target)
+        for time in times:
+            os.rmdir(os.path.join(part, time))
+        os.rmdir(part)
+        return {"staged": len(vmrs)}
+
+    # --- inside ---
+
+    def _path(self, args: Args, key: str = "path") -> bytes:
+        """A path as the host says it; relative: to the launch directory."""
+        path = _bytes(args, key)
+        if b"\0" in path:
+            raise Problem(f"{show(path)}: is no path")
+        return os.path.normpath(os.path.join(self._launch, path)) if path[:1] != b"/" else path
+
+
+class _Opened:
+    """A regular file, open for reading, and held to be the same throughout."""
+
+    def __init__(self, path: bytes, presumed: Scalar) -> None:
+        self._path, self._presumed = path, presumed
+        # O_NONBLOCK: the open of a named pipe would wait for its writer.
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        self.status = os.fstat(self.fd)
+        try:
+            if not stat.S_ISREG(self.status.st_mode):
+                raise Problem(f"{show(path)}: is a {_facts(self.status)['kind']}, not a file")
+            self._check(self.status)
+        except Problem:
+            os.close(self.fd)
+            raise
+
+    def __enter__(self) -> _Opened:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        status = os.fstat(self.fd)
+        os.close(self.fd)
+        if kind is None:
+            self._check(status)
+
+    def _check(self, status: os.stat_result) -> None:
+        if self._presumed is not None and _identity(status) != self._presumed:
+            raise Problem(f"{show(self._path)}: has changed meanwhile")
+
+
+def _answer(request: Request, act: Callable[[Args], Result]) -> Reply:
+    error, result = "", {}
+    try:
+        result = act(request.args)
+    except Problem as problem:
+        error = str(problem)
+    except OSError as failed:
+        named = failed.filename2 or failed.filename or request.args.get("path")
+        where = f"{show(named)}: " if isinstance(named, bytes) else ""
+        error = f"{where}{failed.strerror or failed}"
+    except (ValueError, OverflowError) as wrong:  # numbers that the system calls don't take
+        error = f"cannot read the request: {wrong}"
+    return Reply(request=request.request, ok=not error, error=text(error), result=result)
+
+
+def _bytes(args: Args, key: str) -> bytes:
+    value = args.get(key)
+    if not isinstance(value, bytes):
+        raise Problem(f"cannot read the request: {key} must be bytes")
+    return value
+
+
+def _int(args: Args, key: str) -> int:
+    value = args.get(key)
+    if type(value) is not int:
+        raise Problem(f"cannot read the request: {key} must be a number")
+    return value
+
+
+def _number(args: Args, key: str) -> int:
+    value = _int(args, key)
+    if value < 0:
+        raise Problem(f"cannot read the request: {key} is negative")
+    return value
+
+
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "link",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+}
+
+
+def _facts(status: os.stat_result) -> Result:
+    return {
+        "kind": _KINDS.get(stat.S_IFMT(status.st_mode), "device"),
+        "size": status.st_size,
+        "mode": stat.S_IMODE(status.st_mode),
+        "mtime": status.st_mtime_ns,
+        "id": _identity(status),
+    }
+
+
+def _identity(status: os.stat_result) -> bytes:
+    """What a file is, as far as its inode tells; a change of its contents is another identity."""
+    return b"%d:%d:%d:%d" % (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _same_directory(status: os.stat_result) -> bytes:
+    return b"%d:%d" % (status.st_dev, status.st_ino)
+
+
+def _next_data(fd: int, offset: int, size: int) -> int:
+    """Where data are next, at ``offset`` or after the hole there; the file's size when there are no more."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        return size if error.errno == errno.ENXIO else offset  # else it can't tell: all of it is data
+
+
+def _sha256(fd: int) -> bytes:
+    digest = hashlib.sha256()
+    offset = 0
+    while data := os.pread(fd, _BLOCK, offset):
+        digest.update(data)
+        offset += len(data)
+    return digest.digest()
+
+
+def _holds(path: bytes, digest: bytes) -> bool:
+    """Whether the file at ``path`` is the one of this digest."""
+    try:
+        with _Opened(path, None) as file:
+            return _sha256(file.fd) == digest
+    except (OSError, Problem):
+        return False
+
+
+def _sync_directory(path: bytes) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

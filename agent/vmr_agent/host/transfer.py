@@ -1,0 +1,85 @@
+"""What lives here: the collector's part in a transfer: requests about files passed to one VM, its replies passed back.
+
+It must not know: what is transferred, or how far it is. The command that transfers knows that: it opens the user's
+files with the user's permissions, so that neither a path nor a slow disk of a user's is ever the collector's. It
+also asks again what a session's end leaves unanswered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Callable
+
+from vmr_agent.errors import Problem, show
+from vmr_agent.wire import messages
+
+Answer = Callable[[Mapping[str, Any], bytes], None]
+"""Tells the command: a row, and the bytes of a file that follow it."""
+
+VERBS = frozenset(
+    ("stat", "list", "read", "digest", "write", "place", "mkdir", "link", "rename", "remove", "sync", "stage")
+)
+
+
+class Relay:
+    """What commands have asked of one VM and it hasn't answered."""
+
+    def __init__(self, send: Callable[[messages.Message], bool]) -> None:
+        self._send = send
+        self._asked: dict[bytes, Answer] = {}
+
+    def ask(self, row: Mapping[str, Any], data: bytes, answer: Answer, offline: str) -> None:
+        """Pass a request on; ``offline`` says why that can't be when it can't.
+
+        ``row`` has the request's ``id`` in hex digits, so that asking again is the same request, ``ask``, the verb,
+        and ``args``, in which text stands for bytes, by `os.fsdecode`.
+        """
+        request = _request(row, data)
+        if self._send(request):
+            self._asked[request.request] = answer
+        else:
+            answer({"id": row["id"], "ok": False, "again": True, "error": offline}, b"")
+
+    def take(self, reply: messages.Reply) -> bool:
+        """Pass a reply back; False when it answers nothing of this."""
+        answer = self._asked.pop(reply.request, None)
+        if answer is None:
+            return False
+        data = reply.result.get("data")
+        result = {
+            key: os.fsdecode(value) if isinstance(value, bytes) else value
+            for key, value in reply.result.items()
+            if key != "data"
+        }
+        row = {
+            "id": reply.request.hex(),
+            "ok": reply.ok,
+            "error": show(reply.error.encode()),
+            "result": result,
+        }
+        answer(row, data if isinstance(data, bytes) else b"")
+        return True
+
+    def ended(self, reason: str) -> None:
+        """The session is over: what it hasn't answered is to be asked again."""
+        asked, self._asked = self._asked, {}
+        for request, answer in asked.items():
+            answer({"id": request.hex(), "ok": False, "again": True, "error": reason}, b"")
+
+
+def _request(row: Mapping[str, Any], data: bytes) -> messages.Request:
+    verb, given = row.get("ask"), row.get("args")
+    if verb not in VERBS or not isinstance(given, dict):
+        raise Problem("cannot read the request: no verb about files, or no arguments")
+    args: dict[str, messages.Scalar] = {
+        key: os.fsencode(value) if isinstance(value, str) else value for key, value in given.items()
+    }
+    if verb == "write":
+        args["data"] = data
+    try:
+        request = messages.Request(request=bytes.fromhex(str(row.get("id"))), verb=verb, args=args)
+        messages.pack(request, to=bytes(8), n=0)
+    except (ValueError, UnicodeError) as error:
+        raise Problem(f"cannot read the request: {error}") from None
+    return request
