@@ -6,6 +6,7 @@ It must not know: any verb.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -61,10 +62,16 @@ def parser(program: str, summary: str, example: str) -> Parser:
 
 
 def run(program: str, act: Callable[[], int]) -> int:
-    """Run a verb: a Problem is one line and exit status 1; a closed pipe or Ctrl-C is no traceback."""
+    """Run a verb: a Problem is one line and exit status 1; a closed pipe, a full disk or Ctrl-C is no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a terminal may be set to less than a name can hold
     try:
         status = act()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by who started us
+            sys.stdout.flush()
         return status
     except Problem as problem:
         print(f"{program}: {problem}", file=sys.stderr)
@@ -72,9 +79,19 @@ def run(program: str, act: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return 1
+    except OSError as error:
+        what = f": {error.filename}" if error.filename is not None else ""
+        print(f"{program}: cannot go on: {error.strerror or error}{what}", file=sys.stderr)
+        _abandon_stdout()
+        return 1
+
+
+def _abandon_stdout() -> None:
+    """Python would complain once more when it flushes at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> str:

@@ -34,7 +34,12 @@ def name(text: Optional[str], settings: Settings) -> bytes:
         if parsed is not None:
             return parsed
     typed = os.fsencode(text) if text is not None else b"."
-    path = os.path.realpath(os.path.join(os.getcwdb(), typed))
+    try:
+        path = os.path.realpath(os.path.join(os.getcwdb(), typed))
+    except FileNotFoundError:
+        raise Problem(
+            "cannot tell where you are: the current directory has been removed", hint="cd /"
+        ) from None
     inside = os.path.relpath(path, launch).split(b"/")
     is_vmr = len(inside) == 2 or (text is None and len(inside) > 2)
     if is_vmr and inside[0] != b".." and parse_start_time(inside[0]) is not None:

@@ -47,22 +47,30 @@ class Settings:
 
 def _path(text: str) -> Path:
     path = Path(text)
+    if "\0" in text:
+        raise ValueError("must not hold a NUL byte")
     if not path.is_absolute():
         raise ValueError("must be an absolute path")
     return path
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise ValueError("must be a number of seconds") from None
     if not 0 <= seconds <= 86_400:
         raise ValueError("must be 0 to 86400 seconds")
     return seconds
 
 
 def _count(text: str) -> int:
-    count = int(text)
+    try:
+        count = int(text)
+    except ValueError:
+        count = -1
     if count < 0:
-        raise ValueError("must not be negative")
+        raise ValueError("must be a whole number, 0 or more")
     return count
 
 
@@ -71,6 +79,13 @@ def _size(text: str) -> int:
     if match is None:
         raise ValueError("must be a size such as 512M or 2G")
     return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _command(text: str) -> tuple[str, ...]:
+    words = tuple(shlex.split(text))
+    if not words:
+        raise ValueError("must be a command")
+    return words
 
 
 def _one_of(**words: Any) -> Any:
@@ -104,7 +119,7 @@ _OPTIONS: Mapping[str, tuple[str, Any]] = {
     "spool_limit": ("spool_limit", _size),
     "keep_files": ("keep_files", _size),
     "max_reboots": ("max_reboots", _count),
-    "reboot_command": ("reboot_command", lambda text: tuple(shlex.split(text))),
+    "reboot_command": ("reboot_command", _command),
 }
 PATHS = ("launch_dir", "port", "state_dir", "runtime_dir")
 assert {field for field, _ in _OPTIONS.values()} == {field.name for field in fields(Settings)}
@@ -160,6 +175,8 @@ def _read(path: Path, *, must_exist: bool) -> Mapping[str, str]:
         if must_exist:
             raise Problem(f"cannot read {path}: there is no such file") from None
         return {}
+    except PermissionError:
+        raise Problem(f"cannot read {path}: permission denied", hint="try as root") from None
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror}") from None
     except (configparser.Error, UnicodeDecodeError) as error:
