@@ -24,6 +24,7 @@ import heapq
 import json
 import os
 import shutil
+import stat
 import struct
 import weakref
 from collections import OrderedDict
@@ -162,6 +163,25 @@ def _info_from_row(row: Mapping[str, Any]) -> RunInfo:
         holds=bool(row["holds"]),
         number=int(row["number"]),
     )
+
+
+def _make_state_dir(path: Path) -> None:
+    """Make the state directory, or make sure that no other user can look into the one there is."""
+    try:
+        path.mkdir(mode=0o700, parents=True)
+        return
+    except FileExistsError:
+        info = path.stat()
+    if not stat.S_ISDIR(info.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    hint = "--state-dir names another directory"
+    if info.st_uid not in (0, os.geteuid()):
+        raise Problem(f"cannot use {path}: it belongs to user {info.st_uid}", hint=hint)
+    if info.st_mode & 0o077:
+        # Somebody who wrote /var/lib for /var/lib/vmr-agent must not find it closed to everybody.
+        if not (path / "lock").exists() and any(path.iterdir()):
+            raise Problem(f"cannot use {path}: it holds other files and is open to other users", hint=hint)
+        path.chmod(0o700)
 
 
 # -- one run --
@@ -638,8 +658,7 @@ class Spool(History):
     def __init__(self, state_dir: Path, *, limit: Optional[int] = None) -> None:
         super().__init__(state_dir)
         try:
-            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            state_dir.chmod(0o700)
+            _make_state_dir(state_dir)
             self._lock = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -648,6 +667,7 @@ class Spool(History):
             (state_dir / "open").mkdir(mode=0o700, exist_ok=True)
             (state_dir / "runs").mkdir(mode=0o700, exist_ok=True)
             fs = os.statvfs(state_dir)
+            self._open = self._repair_open()
         except OSError as error:
             raise Problem(
                 f"cannot use {state_dir}: {error.strerror}", hint="--state-dir names another directory"
@@ -658,7 +678,6 @@ class Spool(History):
         self._latest: dict[bytes, Optional[Run]] = {}
         self._gone: dict[bytes, int] = {}
         self._used = 0  # at the last enforce()
-        self._open = self._repair_open()
         self._full = (state_dir / "full").exists()
         # The survey counts what was whole before this daemon; release() counts what was open or came later.
         self._settled = 0
