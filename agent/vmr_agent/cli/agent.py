@@ -91,7 +91,17 @@ def _parser() -> arguments.Parser:
         "kill", _kill, "Signal a VMR's whole process tree.", "vmr-agent kill -4/compress.py --signal KILL"
     )
     vmr(kill)
-    kill.add_argument("--signal", default="TERM", type=arguments.signal_number, help="name or number; default: TERM")
+    kill.add_argument(
+        "--signal", default="TERM", type=arguments.signal_number, help="name or number; default: TERM"
+    )
+    diff = verb(
+        "diff",
+        _diff,
+        "Show what changed in a VMR's files since it was staged, or between two attempts.",
+        "vmr-agent diff -4/compress.py --attempt 1 3",
+    )
+    vmr(diff)
+    diff.add_argument("--attempt", nargs=2, type=int, metavar=("A", "B"), help="compare these two attempts")
     verb("start", _start, "Set time zero now: positive times count from here.")
     verb("hold", _hold, "Let nothing new start by schedule (makes .hold in the launch directory).")
     verb("resume", _resume, "End hold.")
@@ -209,6 +219,12 @@ def _kill(args: argparse.Namespace, settings: Settings) -> int:
         f"{args.signal.name} sent to attempt {killed['attempt']} of {show(name)}: pid {', '.join(map(str, pids))}"
     )
     return 0
+
+
+def _diff(args: argparse.Namespace, settings: Settings) -> int:
+    from vmr_agent.cli.diff import diff
+
+    return diff(guest.name(args.vmr, settings), settings, args.attempt)
 
 
 def _start(args: argparse.Namespace, settings: Settings) -> int:
