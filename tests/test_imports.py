@@ -58,6 +58,7 @@ KNOWS = {
     "cli.arguments": {"errors"},
     "cli.output": {"runs"},
     "cli.guest": {"errors", "runs", "schedule", "control", "guest", "cli.output"},
+    "cli.ps": {"errors", "guest", "cli.arguments", "cli.guest"},
     "cli.diff": {"errors", "guest", "cli.guest"},
     "cli.agent": {"errors", "runs", "schedule", "wire", "control", "guest", "cli"},
     "cli.host": {"errors", "runs", "schedule", "wire", "control", "host", "cli"},

@@ -56,7 +56,8 @@ def test_a_script_that_traps_the_signal_ends_as_it_wishes(rig: Rig) -> None:
     eventually(lambda: run.lengths().stdout == 3 and len(processes.tree(run)) == 2)
     started = run.started()
     assert started is not None
-    assert processes.kill(run, signal.SIGTERM)[0] == started.pid
+    signalled = processes.kill(run, signal.SIGTERM)
+    assert next(iter(signalled.items())) == (started.pid, "call_arguments.sh")
     rig.wait(run, RunState.CLOSED)
     assert (result(run).value, everything(run, Stream.STDOUT)) == (3, b"up\ntrapped\n")
 
@@ -120,7 +121,7 @@ def test_nothing_is_found_of_a_run_that_is_over(rig: Rig) -> None:
     assert processes.tree(run) == []
     assert processes.rows(run) == []
     assert processes.holders(run) == []
-    assert processes.kill(run, signal.SIGTERM) == []
+    assert processes.kill(run, signal.SIGTERM) == {}
 
 
 def test_health_is_whole_numbers(tmp_path: Path) -> None:

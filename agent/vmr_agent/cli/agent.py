@@ -94,6 +94,7 @@ def _parser() -> arguments.Parser:
     kill.add_argument(
         "--signal", default="TERM", type=arguments.signal_number, help="name or number; default: TERM"
     )
+    vmr(verb("ps", _ps, "Show a VMR's processes, and who holds its pipes.", "vmr-agent ps -4/compress.py"))
     diff = verb(
         "diff",
         _diff,
@@ -214,11 +215,17 @@ def _kill(args: argparse.Namespace, settings: Settings) -> int:
     name = guest.name(args.vmr, settings)
     with guest.daemon(settings) as daemon:
         killed = daemon.ask("kill", vmr=os.fsdecode(name), signal=int(args.signal))
-    pids = killed["pids"]
+    ended = ", ".join(f"{each['name']} ({each['pid']})" for each in killed["processes"])
     print(
-        f"{args.signal.name} sent to attempt {killed['attempt']} of {show(name)}: pid {', '.join(map(str, pids))}"
+        f"{args.signal.name} sent to attempt {killed['attempt']} of {show(name)}: {ended or 'nobody is left'}"
     )
     return 0
+
+
+def _ps(args: argparse.Namespace, settings: Settings) -> int:
+    from vmr_agent.cli.ps import ps
+
+    return ps(guest.name(args.vmr, settings), settings)
 
 
 def _diff(args: argparse.Namespace, settings: Settings) -> int:

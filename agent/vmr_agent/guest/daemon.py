@@ -844,8 +844,9 @@ class Daemon:
             run for run in self._live.values() if run.info.vmr == entry.name and run.closed() is None
         ]
         for run in running or open_ones:
-            pids = processes.kill(run, number)
-            return {"attempt": run.info.attempt, "pids": pids}
+            killed = processes.kill(run, number)
+            rows = [{"pid": pid, "name": show(os.fsencode(name))} for pid, name in killed.items()]
+            return {"attempt": run.info.attempt, "processes": rows}
         raise Problem(f"cannot kill {show(entry.name)}: it isn't running")
 
     def _kill_run(self, run_id: bytes, number: int, key: str) -> None:

@@ -104,8 +104,8 @@ def holders(run: Run) -> list[int]:
     return [pid for pid in sorted(pids) if pid != shim and _holds(pid, pipes)]
 
 
-def kill(run: Run, number: int) -> list[int]:
-    """Send a signal to every process of a run; the pids it went to, the script's own first.
+def kill(run: Run, number: int) -> dict[int, str]:
+    """Send a signal to every process of a run; the pids it went to, with their names, the script's own first.
 
     A tree that forks while it is being signalled loses nobody: it is stopped, and walked until nothing new
     appears and all stand still. The script's own process hears of it first, so that a shell doesn't report
@@ -128,11 +128,12 @@ def kill(run: Run, number: int) -> list[int]:
             break
         time.sleep(0.001)
     order = tree(run)
-    signalled = []
+    signalled = {}
     for process in order:
         with contextlib.suppress(psutil.Error):
+            name = _name(process)
             process.send_signal(number)
-            signalled.append(process.pid)
+            signalled[process.pid] = name
     if number != signal.SIGSTOP:
         for process in order:
             with contextlib.suppress(psutil.Error):
@@ -162,6 +163,13 @@ def _stat(pid: int) -> list[bytes]:
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def _name(process: psutil.Process) -> str:
+    """Its name, whole where the kernel has only its first 15 bytes and a word of its command line begins so."""
+    name = str(process.name())
+    words = (os.path.basename(word) for word in process.cmdline()) if len(name) >= 15 else iter(())
+    return next((word for word in words if word.startswith(name)), name)
 
 
 def _stands_still(process: psutil.Process) -> bool:
