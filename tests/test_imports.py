@@ -31,7 +31,7 @@ ONLY_IN = {
     "msgpack": {"wire.messages"},
     "psutil": {"guest.processes"},
     "watchdog": {"guest.events"},
-    "rich": {"cli.host", "host"},
+    "rich": {"cli.host", "cli.tables", "host"},
     "asyncio": {"cli.host", "host"},
 }
 """Which rooms may import these; a package stands for all in it."""
@@ -57,8 +57,11 @@ KNOWS = {
     "host.firewheel_log": {"errors", "runs", "wire.messages"},
     "cli.arguments": {"errors"},
     "cli.output": {"runs"},
+    "cli.tables": {"errors", "cli.arguments"},
+    "cli.collected": {"errors", "runs", "schedule", "control", "host", "cli.output"},
     "cli.guest": {"errors", "runs", "schedule", "control", "guest", "cli.output"},
     "cli.ps": {"errors", "guest", "cli.arguments", "cli.guest"},
+    "cli.status": {"errors", "guest", "cli.arguments", "cli.guest"},
     "cli.diff": {"errors", "guest", "cli.guest"},
     "cli.agent": {"errors", "runs", "schedule", "wire", "control", "guest", "cli"},
     "cli.host": {"errors", "runs", "schedule", "wire", "control", "host", "cli"},

@@ -147,7 +147,7 @@ def test_status_json_is_one_array_and_the_table_lines_up(running: World) -> None
     assert [row["vmr"] for row in rows] == ["-4/compress.py"]
     assert rows[0]["exit_code"] == 3 and rows[0]["duration_s"] > 0 and rows[0]["complete"] is True
     table = running.agent("status").stdout.decode().splitlines()
-    assert table[0].split() == ["VMR", "TRY", "STATE", "EXIT", "TIME", "OUTPUT", "ON", "HOST"]
+    assert table[0].split() == ["VMR", "TRY", "STATE", "EXIT", "TIME", "OUTPUT", "CHANGED", "ON", "HOST"]
     assert table[1].startswith("-4/compress.py")
 
 

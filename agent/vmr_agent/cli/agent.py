@@ -6,7 +6,6 @@ It must not know: how a verb is done. What needs the daemon asks it; output is r
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from vmr_agent import __version__
-from vmr_agent.cli import arguments, guest
+from vmr_agent.cli import arguments, guest, status
 from vmr_agent.cli.guest import PROGRAM, remark
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest import settings as guest_settings
@@ -70,8 +69,12 @@ def _parser() -> arguments.Parser:
     )
     vmr(rerun)
     rerun.add_argument("--detach", action="store_true", help="start it and return at once")
-    status = verb("status", _status, "Show every VMR and what became of it.", "vmr-agent status --json")
-    status.add_argument("--json", action="store_true", help="one array, one object a VMR")
+    added = verb("status", _status, "Show every VMR and what became of it.", "vmr-agent status --json")
+    how = added.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="one array, one object a VMR")
+    how.add_argument("--watch", action="store_true", help="show it anew each second, until Ctrl-C")
+    keys = "".join(f"  {key:<13} {meaning}\n" for key, meaning in status.KEYS.items())
+    added.epilog = f"{added.epilog}\nkeys of --json:\n{keys}"
     logs = verb(
         "logs",
         _logs,
@@ -151,52 +154,7 @@ def _rerun(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _status(args: argparse.Namespace, settings: Settings) -> int:
-    with guest.daemon(settings) as daemon:
-        status = daemon.ask("status")
-    if args.json:
-        print(json.dumps(status["vmrs"], indent=2))
-        return 0
-    rows = [["VMR", "TRY", "STATE", "EXIT", "TIME", "OUTPUT", "ON HOST"]]
-    for row in status["vmrs"]:
-        rows.append(
-            [
-                row["vmr"],
-                str(row["attempt"] or ""),
-                row["state"],
-                str(row["signal"] or ("" if row["exit_code"] is None else row["exit_code"])),
-                arguments.duration(row["duration_s"]),
-                arguments.size(row["stdout_bytes"] + row["stderr_bytes"]) if row["attempt"] else "",
-                row["delivered"]
-                or row["waiting"]
-                or (row["error"] or "" if row["state"] == "refused" else ""),
-            ]
-        )
-    print(arguments.table(rows, right=frozenset({1, 3, 4, 5})))
-    print()
-    for line in _summary(status):
-        print(line)
-    return 0
-
-
-def _summary(status: dict[str, Any]) -> list[str]:
-    lines = []
-    if status["problem"]:
-        lines.append(status["problem"])
-    where = "configured" if status["configured"] else "not yet configured"
-    zero = status["since_zero_s"]
-    if zero is None:
-        when = "time zero not set"
-    elif zero < 0:
-        when = f"time zero in {arguments.duration(-zero)}"
-    else:
-        when = f"{arguments.duration(zero)} after time zero"
-    held = "; held (vmr-agent resume)" if status["held"] else ""
-    off = "; schedule is off" if status["schedule"] == "off" else ""
-    lines.append(f"{where}, {when}{held}{off}")
-    reason = f": {status['port_reason']}" if status["port_reason"] else ""
-    host = "" if status["session"] else ", no session with the host"
-    lines.append(f"port {status['port']} is {status['port_state']}{reason}{host}")
-    return lines
+    return status.status(settings, as_json=args.json, watch=args.watch)
 
 
 def _logs(args: argparse.Namespace, settings: Settings) -> int:

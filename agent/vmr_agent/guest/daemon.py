@@ -801,7 +801,8 @@ class Daemon:
         for name in self._roster.names():
             entry = self._roster.get(name)
             assert entry is not None
-            rows.append(roster.row(entry, waiting=why.get(name, ""), delivered=self._delivered(entry)))
+            delivered = self._delivered(entry)
+            rows.append(roster.row(entry, waiting=why.get(name, ""), delivered=delivered, now=now))
         since, by = self._since_zero()
         return {
             "vmrs": rows,

@@ -175,10 +175,11 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def row(entry: Entry, *, waiting: str, delivered: str) -> dict[str, Any]:
+def row(entry: Entry, *, waiting: str, delivered: str, now: float) -> dict[str, Any]:
     """The row of one VMR for ``--json`` and tables: `result.json`'s shape, and what only the guest knows.
 
-    ``waiting`` says why it has not run; ``delivered`` is ``yes``, ``no`` or how much of it the host holds.
+    ``waiting`` says why it has not run; ``delivered`` is ``yes``, ``no`` or how much of it the host holds; ``now``
+    is CLOCK_BOOTTIME. Each key is explained to those who read it in cli/status.py.
     """
     state, reason = state_of(entry)
     start_time, _, name = entry.name.partition(b"/")
@@ -199,6 +200,7 @@ def row(entry: Entry, *, waiting: str, delivered: str) -> dict[str, Any]:
         "started": timestamp(started_ns) if started_ns is not None else None,
         "ended": timestamp(result.ended_ns) if result else None,
         "duration_s": round(result.duration_s, 6) if result else None,
+        "age_s": round(now - started.boottime_ns / 1e9, 3) if started and not result else None,
         "exit_code": result.exit_code if result else None,
         "signal": signal_name(result.value) if result and result.ending is Ending.SIGNAL else None,
         "error": reason or None,
