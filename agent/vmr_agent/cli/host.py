@@ -6,7 +6,6 @@ It must not know: how a verb is done. What needs the collector asks it; output i
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import resource
@@ -16,17 +15,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
-from vmr_agent import __version__, control
-from vmr_agent.cli import arguments
-from vmr_agent.errors import Problem
-
-PROGRAM = "vmr-host"
-_HINT = "vmr-host collect starts it"
+from vmr_agent import __version__
+from vmr_agent.cli import arguments, collected, output, tables
+from vmr_agent.cli.collected import PROGRAM, remark
+from vmr_agent.errors import Problem, show
+from vmr_agent.host import view
+from vmr_agent.runs import Stream
 
 _EXAMPLE = """\
 examples:
   vmr-host collect --log-dir /scratch/vm_resource_logs Server=/tmp/minimega/4/virtio-serial1
   vmr-host mix                         every VM and how its VMRs stand
+  vmr-host list Server                 every VMR of one VM
+  vmr-host rerun Server -4/compress.py run it again where it lies, its output here
   vmr-host start                       time zero, for all VMs
 """
 
@@ -57,6 +58,10 @@ def _parser() -> arguments.Parser:
         )
         return added
 
+    def vmr(added: argparse.ArgumentParser) -> None:
+        added.add_argument("vm", metavar="VM", type=arguments.name)
+        added.add_argument("vmr", metavar="VMR", type=arguments.name, help="as in -4/compress.py")
+
     collect = verb("collect", _collect, "Be the collector: take frames from VMs and write their logs.")
     collect.add_argument("sources", nargs="*", metavar="VM=SOCKET", help="a VM and its chardev's socket")
     collect.add_argument(
@@ -76,22 +81,39 @@ def _parser() -> arguments.Parser:
         help="seconds from then to time zero; default: 60",
     )
     mix = verb("mix", _mix, "Show every VM and how its VMRs stand.")
-    mix.add_argument("--json", action="store_true", help="one array, one object a VM")
+    mix.add_argument("--watch", action="store_true", help="show it again as it changes")
+    listing = verb("list", _list, "Show the VMRs of a VM and what became of them.")
+    listing.add_argument("vm", metavar="VM", type=arguments.name)
+    for added, what in ((mix, "a VM"), (listing, "a VMR")):
+        added.add_argument("--json", action="store_true", help=f"one array, one object {what}")
+    logs = verb("logs", _logs, "Print what a VMR printed, byte for byte.")
+    vmr(logs)
+    logs.add_argument("--attempt", type=int, metavar="N", help="default: the latest")
+    logs.add_argument(
+        "--stream", choices=[each.filename for each in Stream], help="default: both, each to its own"
+    )
+    logs.add_argument("--follow", action="store_true", help="go on until the run's pipes are closed")
+    for added in (mix, listing, logs):
+        added.add_argument(
+            "--log-dir", type=Path, metavar="DIR", help="read only this log directory; ask no collector"
+        )
+    rerun = verb("rerun", _rerun, "Run a VMR of a VM again in place, streaming its output.")
+    vmr(rerun)
+    rerun.add_argument("--detach", action="store_true", help="start it and return at once")
+    kill = verb("kill", _kill, "Signal a VMR's whole process tree.")
+    vmr(kill)
+    kill.add_argument(
+        "--signal", default="TERM", type=arguments.signal_number, help="name or number; default: TERM"
+    )
     start = verb("start", _start, "Set time zero, for all VMs or one.")
-    start.add_argument("vm", nargs="?", metavar="VM")
     start.add_argument(
         "--in", dest="delay", type=float, default=0.0, metavar="S", help="so many seconds from now"
     )
-    rerun = verb("rerun", _rerun, "Start a VMR of a VM again in place.")
-    rerun.add_argument("vm", metavar="VM")
-    rerun.add_argument("vmr", metavar="VMR", type=arguments.name)
-    for name, act, summary in (
-        ("hold", _hold, "Let nothing new start by schedule, in all VMs or one."),
-        ("resume", _hold, "End hold."),
-    ):
-        added = verb(name, act, summary)
-        added.set_defaults(verb=name)
-        added.add_argument("vm", nargs="?", metavar="VM")
+    hold = verb("hold", _hold, "Let nothing new start by schedule, in all VMs or one.")
+    resume = verb("resume", _hold, "End hold, in all VMs or one.")
+    for word, added in (("start", start), ("hold", hold), ("resume", resume)):
+        added.set_defaults(verb=word)
+        added.add_argument("vm", nargs="?", metavar="VM", type=arguments.name)
     return top
 
 
@@ -99,6 +121,8 @@ def _parser() -> arguments.Parser:
 
 
 def _collect(args: argparse.Namespace) -> int:
+    import asyncio
+
     from vmr_agent.host.collector import Collector, Source
 
     sources = [Source(*_source(each)) for each in args.sources]
@@ -139,43 +163,111 @@ def _raise_nofile() -> None:
 
 
 def _mix(args: argparse.Namespace) -> int:
-    with _collector(args) as collector:
-        vms = collector.ask("mix")["vms"]
-    if args.json:
-        print(json.dumps(vms, indent=2))
-        return 0
-    states = ["waiting", "running", "exited", "killed", "lost"]
-    rows = [["VM", "STATE", *(state.upper() for state in states), "OTHER"]]
-    for vm in vms:
-        counts = dict(vm["counts"])
-        known = [str(counts.pop(state, 0) or "") for state in states]
-        word = ("configured" if vm["configured"] else "configuring") if vm["online"] else "offline"
-        rows.append([vm["vm"], word, *known, str(sum(counts.values()) or "")])
-    print(arguments.table(rows, right=frozenset(range(2, len(rows[0])))))
+    if args.watch and args.json:
+        tables.changes(lambda: json.dumps(_vms(args)))
+    elif args.watch:
+        tables.watch(lambda: tables.mix(_vms(args)))
+    elif args.json:
+        print(json.dumps(_vms(args, aloud=True), indent=2))
+    else:
+        print(tables.mix(_vms(args, aloud=True)).text())
     return 0
 
 
-def _start(args: argparse.Namespace) -> int:
-    with _collector(args) as collector:
-        collector.ask("start", vm=args.vm, delay=args.delay)
+def _vms(args: argparse.Namespace, *, aloud: bool = False) -> list[dict[str, Any]]:
+    seen = collected.look(args, "mix", aloud=aloud)
+    vms = []
+    for vm in seen.answer["vms"] if seen.answer else map(collected.silent, view.vms(seen.log_dir)):
+        state = ("configured" if vm["configured"] else "configuring") if vm["online"] else "offline"
+        vms.append(
+            {
+                "vm": vm["vm"],
+                "state": state if seen.answer else "unknown",
+                "online": vm["online"],
+                "reason": vm["reason"] if seen.answer else seen.why,
+                "configured": vm["configured"],
+                "vmrs": view.counts(seen.log_dir, vm["vm"], vm["states"]),
+                "health": vm["health"],
+                "dropped": vm["dropped"],
+            }
+        )
+    return vms
+
+
+def _list(args: argparse.Namespace) -> int:
+    seen = collected.look(args, "list", aloud=True)
+    rows = collected.vmrs(seen, args.vm)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    offline = ""
+    if seen.answer and not seen.answer["online"]:
+        offline = f"{view.text(args.vm)} is offline: {view.text(seen.answer['reason'])}"
+    print(tables.vmrs(rows, below=offline).text())
+    return 0
+
+
+def _logs(args: argparse.Namespace) -> int:
+    vmr = collected.vmr(args)
+    run = collected.attempt(collected.look(args, "list"), args.vm, vmr, args.attempt)
+    streams = [each for each in Stream if args.stream in (None, each.filename)]
+    if args.follow:
+        collected.follow(run, streams, until_closed=True)
+    else:
+        collected.Printer(run, streams).pass_on()
     return 0
 
 
 def _rerun(args: argparse.Namespace) -> int:
-    with _collector(args) as collector:
-        answer = collector.ask("rerun", vm=args.vm, vmr=args.vmr)
-    print(f"attempt {answer['attempt']} of {args.vmr} is started on {args.vm}")
+    vmr = collected.vmr(args)
+    named = f"{show(vmr)} on {view.text(args.vm)}"
+    follow = f"vmr-host logs --follow {view.text(args.vm)} {show(vmr)}"
+    with collected.collector(args) as collector:
+        try:
+            began = collector.ask("rerun", vm=args.vm, vmr=os.fsdecode(vmr))
+            run = view.LoggedRun(Path(began["log_dir"]), args.vm, vmr, began["attempt"])
+            if args.detach:
+                remark(f"attempt {began['attempt']} of {named} is started; {follow}")
+                return 0
+            remark(f"attempt {began['attempt']} of {named}")
+            row = collected.follow(run, list(Stream), watch=collected.Watch(collector, args.vm))
+        except KeyboardInterrupt:
+            remark(f"stopped watching; {named} goes on: {follow}", always=True)
+            return 130
+    return output.exit_status(PROGRAM, *view.ending(row))
+
+
+def _kill(args: argparse.Namespace) -> int:
+    vmr = collected.vmr(args)
+    with collected.collector(args) as collector:
+        killed = collector.ask("kill", vm=args.vm, vmr=os.fsdecode(vmr), signal=int(args.signal))
+    which = f"attempt {killed['attempt']} of " if "attempt" in killed else ""
+    ended = f": {view.text(str(killed['processes']))}" if "processes" in killed else ""
+    print(f"{args.signal.name} sent to {which}{show(vmr)} on {view.text(args.vm)}{ended}")
+    return 0
+
+
+def _start(args: argparse.Namespace) -> int:
+    with collected.collector(args) as collector:
+        answer = collector.ask("start", vm=args.vm, delay=args.delay)
+    print(f"time zero is {f'in {args.delay:g} s' if args.delay else 'now'} {_on(args.vm, answer['done'])}")
+    for vm, why in answer["failed"].items():
+        print(f"{view.text(vm)} {view.text(why)}; it is told when it comes back")
     return 0
 
 
 def _hold(args: argparse.Namespace) -> int:
-    with _collector(args) as collector:
-        collector.ask(args.verb, vm=args.vm)
-    return 0
+    with collected.collector(args) as collector:
+        answer = collector.ask(args.verb, vm=args.vm)
+    if answer["done"]:
+        print(f"{'held' if args.verb == 'hold' else 'resumed'} {_on(args.vm, answer['done'])}")
+    for vm, why in answer["failed"].items():
+        print(f"{PROGRAM}: cannot {args.verb} {view.text(vm)}: it {view.text(why)}", file=sys.stderr)
+    return 1 if answer["failed"] else 0
 
 
-def _collector(args: argparse.Namespace) -> control.Daemon:
-    return control.Daemon(args.control, program="collector", hint=_HINT)
+def _on(vm: Optional[str], count: int) -> str:
+    return f"on {view.text(vm)}" if vm is not None else f"on {count} VM{'s' * (count != 1)}"
 
 
 if __name__ == "__main__":

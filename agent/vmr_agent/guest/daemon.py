@@ -274,6 +274,8 @@ class Daemon:
             self._undecided = True
         if self._watcher.held != self._held:
             self._held, self._since, self._undecided = self._watcher.held, now, True
+        for name in self._watcher.take_stirred():
+            self._nudge("touched", [each for each in self._clients if each.observing == name])
         changed, gone = self._watcher.take_changes()
         self._changed |= changed
         self._gone |= gone
@@ -485,7 +487,7 @@ class Daemon:
             if run is None:
                 continue
             self._settle(run)
-            self._nudge(run_id, "output")
+            self._nudge("output", self._watchers(run_id))
 
     def _judge(self, run: Run) -> None:
         delivered = self._shipper.acked(run.info.run)
@@ -503,7 +505,7 @@ class Daemon:
             self._roster.exited(run)
             self._since = max(self._since, boottime())
             self._undecided = True
-            self._nudge(run.info.run, "exited")
+            self._nudge("exited", self._watchers(run.info.run))
         self._changed_rows.add(run.info.vmr)
         if run.closed() is not None:
             self._live.pop(run.info.run, None)
@@ -644,7 +646,7 @@ class Daemon:
                 run = self._rerun(_bytes(args, "vmr"), Trigger.HOST, request.request)
                 result = {"run": run.info.run, "attempt": run.info.attempt}
             elif request.verb == "kill":
-                self._kill_run(_bytes(args, "run"), _int(args, "signal"), request.request.hex())
+                result = self._kill_run(args, request.request.hex())
             elif request.verb == "hold":
                 self._hold()
             elif request.verb == "resume":
@@ -751,21 +753,26 @@ class Daemon:
         elif self._selector.get_key(client).events != client.events:
             self._selector.modify(client, client.events, lambda: self._serve(client))
 
-    def _nudge(self, run: RunId, event: str) -> None:
-        """Tell those who watch a run that there is something to look at."""
-        for client in [each for each in self._clients if each.watching == run]:
+    def _nudge(self, event: str, clients: list[control.Client]) -> None:
+        """Tell them that there is something to look at."""
+        for client in clients:
             client.nudge({"event": event})
             self._attend(client)
+
+    def _watchers(self, run: RunId) -> list[control.Client]:
+        return [client for client in self._clients if client.watching == run]
 
     def _drop(self, client: control.Client) -> None:
         if client in self._clients:
             self._clients.discard(client)
             self._selector.unregister(client)
             client.sock.close()
+            self._watcher.observe(each.observing for each in self._clients if each.observing)
 
     def _answer(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
         verbs: dict[str, Callable[[control.Client, Mapping[str, Any]], dict[str, Any]]] = {
             "rerun": self._verb_rerun,
+            "observe": self._verb_observe,
             "status": self._verb_status,
             "start": self._verb_start,
             "kill": self._verb_kill,
@@ -793,6 +800,11 @@ class Daemon:
             "attempt": run.info.attempt,
             "path": os.fspath(run.path.absolute()),
         }
+
+    def _verb_observe(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+        client.observing = self._known(_name(request)).name
+        self._watcher.observe(each.observing for each in self._clients if each.observing)
+        return {}
 
     def _verb_status(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
         now = boottime()
@@ -850,14 +862,24 @@ class Daemon:
             return {"attempt": run.info.attempt, "processes": rows}
         raise Problem(f"cannot kill {show(entry.name)}: it isn't running")
 
-    def _kill_run(self, run_id: bytes, number: int, key: str) -> None:
-        run = self._live.get(run_id)
-        if run is None or run.closed() is not None:
-            raise Problem("cannot kill the run: it is over")
-        if not run.remembered(f"kill {key}"):
-            with suppress(OSError):  # on a full disk it is killed all the more
-                run.remember(f"kill {key}")
-            processes.kill(run, number)
+    def _kill_run(self, args: Mapping[str, Any], key: str) -> dict[str, messages.Scalar]:
+        run_id, name, number = _bytes(args, "run"), _bytes(args, "vmr"), _int(args, "signal")
+        found = [run for run in self._spool.runs_of(name) if run.info.run == run_id]
+        for run in found:
+            if run.remembered(f"kill {key}"):
+                return {"attempt": run.info.attempt}
+        live = self._live.get(run_id)
+        if not found or live is None or live.closed() is not None:
+            raise Problem(f"cannot kill {show(name)}: it isn't running")
+        with suppress(OSError):  # on a full disk it is killed all the more
+            live.remember(f"kill {key}")
+        killed = processes.kill(live, number)
+        return {
+            "attempt": live.info.attempt,
+            "processes": messages.text(
+                ", ".join(f"{show(os.fsencode(each))} ({pid})" for pid, each in killed.items())
+            ),
+        }
 
     def _verb_reset(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
         if not self._held:
@@ -915,7 +937,7 @@ class Daemon:
                 pid = f", pid {started.pid}" if started else ""
                 raise Problem(
                     f"cannot rerun {show(name)}: attempt {run.info.attempt} is still running{pid}",
-                    hint=f"vmr-agent kill {show(name)} ends it",
+                    hint="kill ends it",
                 )
             self._settle(run)
         vmr = entry.vmr

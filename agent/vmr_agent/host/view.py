@@ -163,8 +163,8 @@ def attempts(log_dir: Path, vm: str, vmr: bytes) -> list[int]:
 class LoggedRun:
     """One run in the log directory. It may not be there yet, and what it holds grows while it is read."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, log_dir: Path, vm: str, vmr: bytes, attempt: int) -> None:
+        self.path = log_dir / vm_segment(vm) / run_path(vmr, attempt)
         # Its directory is held open: when a new life of its VM begins another takes its name.
         self._directory = -1
         self._fds: dict[Stream, int] = {}
@@ -214,11 +214,9 @@ class LoggedRun:
         return True
 
 
-def ending(row: Mapping[str, Any]) -> Optional[tuple[Ending, int, str]]:
-    """How a run ended, from its row: (ending, code or signal, sentence); None while it runs."""
-    found = _ENDINGS.get(row["state"])
-    if found is None:
-        return None
+def ending(row: Mapping[str, Any]) -> tuple[Ending, int, str]:
+    """How a run ended, from its row: (ending, code or signal, sentence)."""
+    found = _ENDINGS[row["state"]]
     value = row["exit_code"] if found is Ending.CODE else _SIGNALS.get(str(row["signal"]), 0)
     return found, int(value or 0), text(row["error"] or "")
 
