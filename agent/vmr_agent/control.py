@@ -64,6 +64,8 @@ class Client:
         self.sock.setblocking(False)
         self.watching: Optional[bytes] = None
         """The run whose events it wants."""
+        self.observing: Optional[bytes] = None
+        """The VMR in whose directory it wants to hear of changes."""
         self._in = b""
         self._out = b""
         self._listening = True
@@ -174,6 +176,9 @@ class Daemon:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._sock.close()
 
     def fileno(self) -> int:

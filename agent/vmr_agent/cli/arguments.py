@@ -24,7 +24,12 @@ _MARK = "\0"
 
 def mark(arguments: Sequence[str]) -> list[str]:
     """The arguments with VMR names that look like options marked; :func:`name` takes the mark away."""
-    return [_MARK + each if _NEGATIVE.match(each) else each for each in arguments]
+    return [protect(each) if _NEGATIVE.match(each) else each for each in arguments]
+
+
+def protect(argument: str) -> str:
+    """An argument as one that is no option, whatever it begins with."""
+    return _MARK + argument
 
 
 def name(text: str) -> str:

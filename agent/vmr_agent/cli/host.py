@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from vmr_agent import __version__
-from vmr_agent.cli import arguments, collected, output, tables
+from vmr_agent.cli import arguments, collected, output, pull, push, staging, tables
 from vmr_agent.cli.collected import PROGRAM, remark
 from vmr_agent.errors import Problem, show
 from vmr_agent.host import view
@@ -33,7 +33,8 @@ examples:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    args = _parser().parse_args(arguments.mark(sys.argv[1:] if argv is None else argv))
+    given = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(arguments.mark(staging.mark_program(given)))
     return arguments.run(PROGRAM, lambda: int(args.act(args)))
 
 
@@ -105,6 +106,18 @@ def _parser() -> arguments.Parser:
     kill.add_argument(
         "--signal", default="TERM", type=arguments.signal_number, help="name or number; default: TERM"
     )
+    out = verb("pull", pull.pull, "Copy a file or a directory out of a VM.")
+    into = verb("push", push.push, "Copy a file or a directory into a VM.")
+    for added, where in ((out, "in the VM; from its launch directory"), (into, "on this host")):
+        added.add_argument("file", metavar="FILE", type=arguments.name, help=where)
+        added.add_argument("vm", metavar="VM", type=arguments.name)
+        added.add_argument("destination", metavar="DESTINATION", type=arguments.name)
+    stage = verb("stage", staging.stage, "Put VMRs into a VM: a tree as /var/launch has it, or one program.")
+    stage.add_argument("vm", metavar="VM", type=arguments.name)
+    stage.add_argument("source", metavar="DIRECTORY|PROGRAM", type=arguments.name)
+    stage.add_argument("arguments", metavar="ARG", nargs="*", type=arguments.name, help="of the program")
+    stage.add_argument("--at", metavar="TIME", help="start time, to stage a program")
+    stage.add_argument("--name", metavar="NAME", help="of the VMR; default: the program's")
     start = verb("start", _start, "Set time zero, for all VMs or one.")
     start.add_argument(
         "--in", dest="delay", type=float, default=0.0, metavar="S", help="so many seconds from now"

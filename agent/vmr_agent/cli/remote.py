@@ -1,0 +1,174 @@
+"""What lives here: a VM's files as a verb sees them: requests through the collector, many under way at once.
+
+It must not know: which files, or what for. The one place that knows how far a transfer is, so the one that goes on
+after a lost session, a VM that rebooted, a collector that was started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import select
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional
+
+from vmr_agent import control
+from vmr_agent.cli.collected import collector
+from vmr_agent.cli.progress import Progress
+from vmr_agent.errors import Problem, show
+
+WINDOW = 24  # requests under way: 744 KiB of files, less than what the collector's socket keeps for us
+PATIENCE = 300.0  # s without any answer: longer than a slow VM's reboot
+_AGAIN = 0.3  # s
+_FAREWELL = 2.0  # s; for tidying up in the VM when all else has failed
+
+Answered = Callable[[Mapping[str, Any], bytes], None]
+
+
+def _nothing(result: Mapping[str, Any], data: bytes) -> None:
+    pass
+
+
+@dataclass
+class Ask:
+    """One request, what to do with its answer, and an id that stays when it is asked again."""
+
+    verb: str
+    args: Mapping[str, Any]
+    """Bytes are bytes on the wire, in the guest and here."""
+    data: bytes = b""
+    answered: Answered = _nothing
+    id: str = field(default_factory=lambda: os.urandom(16).hex())
+
+
+class Remote:
+    """One VM. Raises Problem for what can't be done; OSError never."""
+
+    def __init__(
+        self, connect: Callable[[], control.Daemon], vm: str, verb: str, *, waiting: Callable[[str], None]
+    ) -> None:
+        """``waiting`` is told what is waited for, and with nothing that it came."""
+        self.vm = vm
+        self._connect, self._verb, self._waiting = connect, verb, waiting
+        self._collector = connect()
+        self._answered_once = False
+        self._heard = time.monotonic()
+
+    def ask(self, verb: str, **args: Any) -> tuple[Mapping[str, Any], bytes]:
+        """Ask one thing and wait for its answer."""
+        found: list[tuple[Mapping[str, Any], bytes]] = []
+        self.all(iter([Ask(verb, args, answered=lambda result, data: found.append((result, data)))]))
+        return found[0]
+
+    def all(self, asks: Iterator[Ask]) -> None:
+        """Ask all of it, in this order, up to :data:`WINDOW` at once.
+
+        The VM takes them in this order too: after a lost session all that had no answer are asked again, the
+        earliest first.
+        """
+        flying: dict[str, Ask] = {}
+        self._heard = time.monotonic()
+        while True:
+            while len(flying) < WINDOW:
+                ask = next(asks, None)
+                if ask is None:
+                    break
+                flying[ask.id] = ask
+                self._send(ask)
+            if not flying:
+                return
+            try:
+                row, data = self._collector.hear()
+            except OSError:
+                self._go_on(flying, "the collector went away")
+                continue
+            self._take(row, data, flying)
+
+    def leave(self, verb: str, **args: Any) -> None:
+        """Ask one last thing if it can be had soon; whatever comes of it is fine."""
+        with suppress(Problem, OSError), self._connect() as collector:
+            collector.say(self._row(Ask(verb, args)))
+            select.select([collector], [], [], _FAREWELL)
+
+    # --- inside ---
+
+    def _take(self, row: Mapping[str, Any], data: bytes, flying: dict[str, Ask]) -> None:
+        if row.get("again"):
+            if not self._answered_once:
+                raise Problem(f"cannot {self._verb}: {row['error']}")
+            self._go_on(flying, str(row["error"]))
+            return
+        if "id" not in row:
+            raise Problem(str(row.get("error")), hint=row.get("hint"))
+        ask = flying.pop(str(row["id"]), None)
+        if ask is None:
+            return  # to what was given up
+        self._answered_once, self._heard = True, time.monotonic()
+        self._waiting("")
+        if not row.get("ok"):
+            raise Problem(f"cannot {self._verb} {self.vm}:{row.get('error')}")
+        ask.answered(row["result"], data)
+
+    def _go_on(self, flying: Mapping[str, Ask], reason: str) -> None:
+        """Ask again what has no answer, when there is somebody to ask."""
+        self._waiting(reason)
+        while True:
+            if time.monotonic() - self._heard > PATIENCE:
+                raise Problem(f"cannot {self._verb}: {reason}, and nothing was heard for {PATIENCE:.0f} s")
+            time.sleep(_AGAIN)
+            with suppress(Problem, OSError):
+                self._collector.close()
+                self._collector = self._connect()
+                for ask in flying.values():
+                    self._collector.say(self._row(ask), ask.data)
+                return
+
+    def _send(self, ask: Ask) -> None:
+        with suppress(OSError):  # heard of when its answer is waited for
+            self._collector.say(self._row(ask), ask.data)
+
+    def _row(self, ask: Ask) -> dict[str, Any]:
+        args = {
+            key: os.fsdecode(value) if isinstance(value, bytes) else value for key, value in ask.args.items()
+        }
+        return {"verb": "files", "vm": self.vm, "id": ask.id, "ask": ask.verb, "args": args}
+
+    # --- what a VM says is checked ---
+
+    def number(self, facts: Mapping[str, Any], key: str, least: int = 0) -> int:
+        value = facts.get(key)
+        if type(value) is not int or not least <= value < 2**63:
+            raise self.nonsense(f"{key} is {value!r}")
+        return value
+
+    def bytes(self, facts: Mapping[str, Any], key: str) -> bytes:
+        value = facts.get(key)
+        if not isinstance(value, str):
+            raise self.nonsense(f"{key} is {value!r}")
+        try:
+            return os.fsencode(value)
+        except UnicodeEncodeError:
+            raise self.nonsense(f"{key} is {value!r}") from None
+
+    def nonsense(self, what: str) -> Problem:
+        return Problem(f"cannot {self._verb}: {self.vm} says what can't be: {show(what.encode())[:200]}")
+
+
+def remote_of(args: argparse.Namespace, verb: str, progress: Progress) -> Remote:
+    """The VM that a verb's arguments name."""
+    return Remote(lambda: collector(args), args.vm, verb, waiting=progress.note)
+
+
+def part_name(name: bytes, word: bytes) -> bytes:
+    """What ``name`` is called while half of it is there: a dot name, the same for the same ``word``."""
+    return b"." + name[:100] + b"." + hashlib.sha256(word).hexdigest()[:16].encode() + b".part"
+
+
+def kind(facts: Mapping[str, Any]) -> Optional[str]:
+    """What a path is in the VM; None: nothing."""
+    found = facts.get("kind")
+    return found if isinstance(found, str) else None
