@@ -68,7 +68,10 @@ def _parser() -> arguments.Parser:
         "rerun", _rerun, "Run a VMR again in place, streaming its output.", "vmr-agent rerun -4/compress.py"
     )
     vmr(rerun)
-    rerun.add_argument("--detach", action="store_true", help="start it and return at once")
+    how = rerun.add_mutually_exclusive_group()
+    how.add_argument("--detach", action="store_true", help="start it and return at once")
+    how.add_argument("--watch", action="store_true", help="run it again on each save in its directory")
+    rerun.add_argument("--restart", action="store_true", help="with --watch: a save ends a run in progress")
     added = verb("status", _status, "Show every VMR and what became of it.", "vmr-agent status --json")
     how = added.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="one array, one object a VMR")
@@ -131,6 +134,12 @@ def _run(args: argparse.Namespace, settings: Settings) -> int:
 
 def _rerun(args: argparse.Namespace, settings: Settings) -> int:
     name = guest.name(args.vmr, settings)
+    if args.restart and not args.watch:
+        raise Problem("cannot use --restart without --watch")
+    if args.watch:
+        from vmr_agent.cli.watch import watch
+
+        return watch(name, settings, restart=args.restart)
     with guest.daemon(settings) as daemon:
         began = daemon.ask("rerun", vmr=os.fsdecode(name), request=os.urandom(16).hex())
         run = Run.load(Path(began["path"]))
@@ -150,6 +159,8 @@ def _rerun(args: argparse.Namespace, settings: Settings) -> int:
             )
             return 130
         assert result is not None
+        if result.exit_code == 0:
+            guest.say_what_to_pull(name, settings)
         return guest.exit_status(result)
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 from collections.abc import Sequence
 from typing import Callable, Optional
 
 from vmr_agent import control
 from vmr_agent.cli import output
 from vmr_agent.errors import Problem, show
+from vmr_agent.guest import keepsakes
 from vmr_agent.guest.settings import Settings
 from vmr_agent.guest.spool import History, Run
 from vmr_agent.runs import RunResult, Stream, timestamp
@@ -83,6 +85,14 @@ def runs_of(vmr: bytes, settings: Settings) -> list[Run]:
             f"cannot find a run of {show(vmr)}: it has not run yet", hint="vmr-agent status says why"
         )
     raise Problem(f"cannot find a run of {show(vmr)} in {settings.state_dir}", hint=near(vmr, known))
+
+
+def say_what_to_pull(vmr: bytes, settings: Settings) -> None:
+    """After a run that went well, on a terminal: how to bring home what was edited."""
+    if sys.stderr.isatty():
+        paths = History(settings.state_dir).edited(vmr, directory(vmr, settings))
+        if paths:
+            print(keepsakes.pull_hint(vmr, paths, os.uname().nodename), file=sys.stderr, flush=True)
 
 
 def attempt_of(vmr: bytes, number: Optional[int], settings: Settings) -> Run:

@@ -48,6 +48,7 @@ KEYS: Mapping[str, str] = {
 """What `--json` prints of each VMR. Keys may be added; none is removed, renamed or given another meaning."""
 
 _HEAD = ("VMR", "TRY", "STATE", "EXIT", "TIME", "OUTPUT", "CHANGED", "ON HOST")
+_NO_START = "failed to start"
 _RIGHT = frozenset({1, 3, 4, 5})
 _REFRESH_S = 1.0
 _ABOVE = 3  # rows shown before the first that isn't over, where not all have room
@@ -125,15 +126,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     What has not run has its reason in place of figures; why one was lost or could not start comes below it.
     """
     cells = [list(_HEAD), *(_cells(row) for row in rows)]
-    widths = [
-        max(len(row[column]) for row in cells if len(row) > 4 or column < 3) for column in range(len(_HEAD))
-    ]
+    widths = [max(len(row[column]) for row in cells if len(row) > 4) for column in range(len(_HEAD))]
+    widths[0] = max(len(row[0]) for row in cells)
+    # "failed to start" has no exit code: it takes that column's place too, or no table would fit 80 columns.
+    states = [row[2] for row in cells]
+    widths[2] = max(len(state) for state in states if state != _NO_START)
+    widths[3] = max(widths[3], max(map(len, states)) - widths[2] - 2)
     found = []
     for row, reason in zip(cells, [None, *(row["error"] if row["attempt"] else None for row in rows)]):
         padded = [
             cell.rjust(width) if column in _RIGHT and len(row) > 4 else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths))
         ]
+        if row[2] == _NO_START:
+            padded[2:4] = [_NO_START.ljust(widths[2] + 2 + widths[3])]
         found.append(["  ".join(padded).rstrip(), *([f"    {reason}"] if reason else [])])
     return found
 
@@ -147,11 +153,18 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         str(row["attempt"]),
         row["state"],
         str(row["signal"] or ("" if row["exit_code"] is None else row["exit_code"])),
-        arguments.duration(seconds),
+        _span(seconds),
         arguments.size(row["stdout_bytes"] + row["stderr_bytes"]),
         "yes" if row["changed"] else "",
         row["waiting"] or row["delivered"],
     ]
+
+
+def _span(seconds: Optional[float]) -> str:
+    if seconds is None or seconds < 100:
+        return arguments.duration(seconds)
+    minutes = int(seconds) // 60
+    return f"{minutes}m{int(seconds) % 60:02}s" if minutes < 100 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
 def _summary(found: Mapping[str, Any]) -> Iterator[str]:
@@ -191,8 +204,8 @@ def _watch(settings: Settings, edits: _Edits) -> int:
             size = shutil.get_terminal_size()
             lines = [*_window(rows, size.lines - len(foot) - 1), "", *foot]
             # Written over what is there, line by line: a screen that is cleared first flickers.
-            text = "".join(line[: size.columns] + "\x1b[K\r\n" for line in lines)
-            sys.stdout.write("\x1b[H" + text.rstrip("\r\n") + "\x1b[J")
+            text = "".join(line[: size.columns] + "\x1b[K\n" for line in lines)
+            sys.stdout.write("\x1b[H" + text.rstrip("\n") + "\x1b[J")
             sys.stdout.flush()
             # On a slow VM with many VMRs looking takes a while: no more than a fifth of the time goes into it.
             time.sleep(max(_REFRESH_S, 4 * (time.monotonic() - began)))

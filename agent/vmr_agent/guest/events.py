@@ -38,6 +38,8 @@ class Events:
         self.heard = False
         self.ignored: set[bytes] = set()
         """VMRs whose contents mean nothing any more; a script that writes beside itself must not keep us awake."""
+        self.observed: frozenset[bytes] = frozenset()
+        """VMRs of which somebody wants to hear all the same."""
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._lock = threading.Lock()
         self._closed = False
@@ -126,7 +128,8 @@ class Events:
                 parts = raw[len(prefix) :].split(b"/", 2) if raw.startswith(prefix) else []
                 name = b"/".join(parts[:2])
                 if len(parts) > 1:
-                    if name in self.ignored and (len(parts) > 2 or kind not in _COMES_OR_GOES):
+                    unheard = name in self.ignored and name not in self.observed
+                    if unheard and (len(parts) > 2 or kind not in _COMES_OR_GOES):
                         continue
                     touched.add(name)
                 if goes and len(parts) in (1, 2):

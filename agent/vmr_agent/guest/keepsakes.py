@@ -14,11 +14,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
+
+from vmr_agent.errors import show
 
 MAX_SURVEYED = 1000  # files; what comes after isn't looked at, for a start waits for it
 MAX_KEPT = 64  # files of one attempt
@@ -128,6 +131,13 @@ def changes(before: Snapshot, after: Snapshot) -> list[Change]:
 def edited(staged: Snapshot, present: Snapshot) -> list[bytes]:
     """The files that were staged and are not what they were. A file that came later may be the script's own."""
     return [change.path for change in changes(staged, present) if change.before is not None]
+
+
+def pull_hint(vmr: bytes, paths: Sequence[bytes], host_name: str) -> str:
+    """How to bring home what was edited, in one line. A guest knows its host name, which is its VM's as a rule."""
+    what = vmr + b"/" + paths[0] if len(paths) == 1 else vmr
+    vm = "VM" if host_name in ("", "localhost", "(none)") else host_name
+    return f"{show(vmr)} changed since staging: vmr-host pull {shlex.quote(show(what))} {vm} ."
 
 
 def keep(

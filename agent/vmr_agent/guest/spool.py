@@ -640,6 +640,15 @@ class History:
         attempts = (self.run(vmr, attempt) for attempt in self._attempts(vmr) if attempt > after)
         return next((run for run in attempts if run is not None), None)
 
+    def edited(self, vmr: bytes, directory: bytes) -> list[bytes]:
+        """The files in a VMR's directory that were staged and are not what they were; none where nobody knows."""
+        run = self.staged_as(vmr)
+        staged = keepsakes.kept(run.path) if run is not None else None
+        if staged is not None:
+            with contextlib.suppress(OSError):
+                return keepsakes.edited(staged, keepsakes.now(directory))
+        return []
+
     def _gone_after(self, vmr: bytes) -> int:
         row = _read_row((self.path / "runs" / run_path(vmr, 1)).parent / "gone")
         return int(row.get("after_attempt", 0)) if row is not None else 0

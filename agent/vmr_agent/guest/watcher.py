@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Callable, Optional, Union
 
@@ -68,6 +68,7 @@ class Watcher:
         self._unready: dict[bytes, _Entry] = {}
         self._changed: set[bytes] = set()
         self._gone: set[bytes] = set()
+        self._stirred: set[bytes] = set()
         self._named: set[bytes] = set()
         self._now = self._tick = 0.0
         self._due = _NEVER
@@ -120,6 +121,15 @@ class Watcher:
         self._events.ignored.clear()
         self._changed |= self._vmrs.keys()
 
+    def observe(self, names: Iterable[bytes]) -> None:
+        """Listen for what happens in these VMRs also when they have run: somebody waits for it."""
+        self._events.observed = frozenset(names)
+
+    def take_stirred(self) -> set[bytes]:
+        """Observed VMRs in which something seems to have happened since the last call."""
+        stirred, self._stirred = self._stirred, set()
+        return stirred
+
     # --- when to look ---
 
     def start(self) -> None:
@@ -158,6 +168,8 @@ class Watcher:
         """Look at what is not ready and at what may have changed; with ``full`` at everything."""
         self._now, self._tick = now, time.monotonic()
         hints = self._events.take()
+        observed = self._events.observed
+        self._stirred |= observed if hints.everything else observed & (hints.touched | hints.vanished)
         if full:
             hints = replace(hints, everything=True)
         root = self._open_root()
