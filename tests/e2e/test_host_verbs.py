@@ -142,6 +142,31 @@ def test_a_reply_lost_with_its_session_runs_nothing_twice(
         relay.close()
 
 
+def test_a_kill_whose_reply_is_lost_kills_once(
+    world: World, begun: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    count = world.path / "count"
+    world.stage("-1/counts", f"trap 'echo hit >> {count}' USR1\nwhile :; do sleep 0.05; done 2>/dev/null")
+    relay = Relay(world.sockets / "relay", world.port)
+    try:
+        world.start_collector()
+        until(world.port.exists, "the collector listens")
+        world.start_daemon("--port", f"unix:{world.sockets / 'relay'}")
+        until(lambda: world.result("-1/counts"), "it runs")
+        time.sleep(0.2)  # until the trap is set
+        relay.swallowing.set()
+        kill = begun(world, "kill", "Server", "-1/counts", "--signal", "USR1")
+        until(count.exists, "the request is carried out")
+        assert kill.poll() is None
+        relay.cut()
+        out, _ = kill.communicate(timeout=30)
+        assert out == b"SIGUSR1 sent to attempt 1 of -1/counts on Server\n"
+        assert count.read_text() == "hit\n"
+        assert world.host("kill", "Server", "-1/counts", "--signal", "KILL").returncode == 0
+    finally:
+        relay.close()
+
+
 def test_a_vm_that_goes_while_it_is_watched_is_said_and_waited_for(
     running: World, begun: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
