@@ -68,16 +68,31 @@ class VmWorld(World):
         return self.collector
 
     def complete(self, vmr: str, attempt: int = 1, limit: float = PATIENCE) -> dict[str, Any]:
+        row = self.closed(vmr, attempt, limit)
+        assert row["complete"], row
+        return row
+
+    def closed(self, vmr: str, attempt: int = 1, limit: float = PATIENCE) -> dict[str, Any]:
+        """Wait until nothing of the run will follow, whole or lost, and return its result.json."""
+
+        def over() -> Optional[dict[str, Any]]:
+            row = self.result(vmr, attempt)
+            return row if row is not None and row["closed"] else None
+
         try:
-            return super().complete(vmr, attempt, limit)
+            row: dict[str, Any] = self.wait(over, f"{vmr} attempt {attempt} closed on the host", limit)
         except AssertionError as error:
             _, journal = self.vm.run(
                 "systemctl status vmr-agent; journalctl -b -o cat -u vmr-agent | tail -40"
             )
             raise AssertionError(f"{error}\n--- the guest\n{journal.decode(errors='replace')}") from None
+        return row
 
-    def wait(self, holds: Callable[[], Any], what: str) -> Any:
-        return until(holds, f"{what}\n{self.tail()}", PATIENCE)
+    def wait(self, holds: Callable[[], Any], what: str, limit: float = PATIENCE) -> Any:
+        try:
+            return until(holds, what, limit)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.tail()}") from None
 
     def more(self, vmr: str, attempt: int = 1) -> None:
         """Wait until the host gets more of a run than it has now."""

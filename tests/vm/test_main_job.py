@@ -259,3 +259,96 @@ def test_the_port_is_busy_and_the_host_away(world: VmWorld) -> None:
     world.stop(world.collector)
     world.wait(lambda: world.guest_status()["port_state"] == "away", "the host is away again")
     world.wait(lambda: world.guest_cpu(4) < 0.05, "hardly any CPU, after a moment")
+
+
+# --- reboots, resets, power cuts -----------------------------------------------------------------------------
+
+
+def _boot_ready(world: VmWorld) -> None:
+    """As installed: on the disk, and started by itself at each boot."""
+    world.vm.check("systemctl enable -q --now vmr-agent; sync")
+
+
+def test_exit_code_10_reboots_once_and_runs_again(world: VmWorld) -> None:
+    vm = world.vm
+    world.start_collector("--expect", "1", "--start-buffer", "0")
+    world.guest_stage("-3/before", "echo before; echo x >> /root/ran-before")
+    world.guest_stage(
+        "-2/kernel", "echo x >> ran; echo boot $(wc -l < ran); [ $(wc -l < ran) = 2 ] || exit 10"
+    )
+    world.guest_stage("-1/after", "echo after")
+    world.guest_stage("1/timed", "echo timed")
+    first = vm.boot_id
+    _boot_ready(world)
+    vm.wait_reboot()
+    assert vm.boot_id != first
+    assert world.complete("-2/kernel", 2)["exit_code"] == 0
+    assert world.complete("1/timed")["exit_code"] == 0
+    row = world.result("-2/kernel", 1)
+    assert row is not None and (row["exit_code"], row["complete"]) == (10, True)
+    again = world.result("-2/kernel", 2)
+    assert again is not None and again["trigger"] == "reboot"
+    assert world.raw("-2/kernel") == b"boot 1\n" and world.raw("-2/kernel", attempt=2) == b"boot 2\n"
+    assert vm.check("cat /root/ran-before") == b"x\n"
+    assert world.result("-3/before", 2) is None and world.result("-1/after", 2) is None
+    assert world.complete("-1/after")["exit_code"] == 0
+    assert not (world.logs / "Server~1").exists()
+
+
+_RUNS_ON = "echo x >> /root/ran-runs-on; sync; for i in {1..9999}; do echo line $i of a run; sleep 0.05; done"
+
+
+def _stage_one_that_runs_on(world: VmWorld) -> None:
+    world.guest_stage("-3/before", "echo before; echo x >> /root/ran-before; sync")
+    world.guest_stage("-2/runs-on", _RUNS_ON)
+    world.guest_stage("-1/after", "echo after")
+
+
+def _check_lost(world: VmWorld) -> None:
+    """What has a result does not run again, what has none is lost and not repeated, the schedule goes on."""
+    assert world.complete("-1/after")["exit_code"] == 0
+    row = world.closed("-2/runs-on")
+    assert (row["state"], row["attempt"], row["complete"]) == ("lost", 1, False)
+    assert "went down" in row["error"]
+    text = b"".join(b"line %d of a run\n" % number for number in range(1, 10000))
+    got = world.raw("-2/runs-on")
+    assert len(got) > 100 and text.startswith(got)
+    assert (row["stdout_bytes"], row["gaps"]) == (len(got), [])
+    assert world.vm.check("cat /root/ran-before /root/ran-runs-on") == b"x\nx\n"
+    rows = world.guest_status()["vmrs"]
+    assert {each["vmr"]: (each["state"], each["attempt"]) for each in rows} == {
+        "-3/before": ("exited", 1),
+        "-2/runs-on": ("lost", 1),
+        "-1/after": ("exited", 1),
+    }
+    world.wait(lambda: "after (" in world.log() and ") lost: " in world.log(), "all in Server.log")
+    assert world.log().count("CALL ARGS") == 3
+    assert not (world.logs / "Server~1").exists()
+    assert world.vm.run("vmr-agent rerun --detach -2/runs-on")[0] == 0
+
+
+def test_the_reset_button_in_mid_run(world: VmWorld) -> None:
+    """The host's connection stays, as QEMU does: the first Hello of another boot has to make itself heard."""
+    world.start_collector()
+    _stage_one_that_runs_on(world)
+    _boot_ready(world)
+    world.wait(lambda: len(world.raw("-2/runs-on")) > 300, "output of the run")
+    world.vm.reset()
+    _check_lost(world)
+
+
+def test_a_power_cut_in_mid_run(vm_image: Path, tmp_path: Path, make_world: Callable[[Vm], VmWorld]) -> None:
+    """QEMU is killed, and a VM started on the disk it left; the host may hold more than that disk does."""
+    disk = tmp_path / "disk.qcow2"
+    with Vm(vm_image, files=product_files(), disk=disk) as vm:
+        world = make_world(vm)
+        world.start_collector()
+        _stage_one_that_runs_on(world)
+        _boot_ready(world)
+        world.wait(lambda: len(world.raw("-2/runs-on")) > 300, "output of the run")
+        vm.kill()
+    with Vm(vm_image, disk=disk) as vm:
+        world.vm = vm
+        world.stop(world.collector)
+        world.start_collector()
+        _check_lost(world)
