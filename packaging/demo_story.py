@@ -50,7 +50,12 @@ def experiment(root: str, launch: str) -> dict[str, bytes]:
     staged: dict[str, bytes] = {}
     staged.update(vmr("-5", "drop_file", f"cp file.txt {root}/opt/file.txt", {"file.txt": bytes(noise)}))
     staged.update(
-        vmr("-4", "compress.py", "{launch}/-4/compress.py/compress.py", {"compress.py": COMPRESS.format(root=root).encode()})
+        vmr(
+            "-4",
+            "compress.py",
+            "{launch}/-4/compress.py/compress.py",
+            {"compress.py": COMPRESS.format(root=root).encode()},
+        )
     )
     staged.update(vmr("-3", "tar", f"tar -C {root}/tmp -xvzf {root}/tmp/out.tgz"))
     staged.update(vmr("-2", "head", f"head {root}/tmp/file.txt"))
@@ -63,9 +68,23 @@ def title(text: str) -> None:
     print(f"\n{BOLD}== {text}{OFF}", flush=True)
 
 
+started: list[tuple[subprocess.Popen[bytes], Path]] = []
+"""The processes that must live for the story to go on, and their logs."""
+
+
+def start(command: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stderr=file)
+    started.append((process, log))
+    return process
+
+
 def until(what: str, holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT
     while not holds():
+        for process, log in started:
+            if process.poll() is not None:
+                raise SystemExit(f"demo: {process.args[0]} ended; its last words:\n{log.read_text()[-2000:]}")
         if time.monotonic() > deadline:
             raise SystemExit(f"demo: gave up waiting until {what}")
         time.sleep(0.1)
@@ -104,8 +123,7 @@ class LocalGuest:
                 target.chmod(0o755)
 
     def start(self) -> None:
-        with (Path(self.root) / "daemon.log").open("wb") as log:
-            self._daemon = subprocess.Popen(["vmr-agent", "run"], env=self._environment, stderr=log)
+        self._daemon = start(["vmr-agent", "run"], Path(self.root) / "daemon.log", self._environment)
 
     def sh(self, command: str) -> tuple[int, bytes]:
         done = subprocess.run(
@@ -162,13 +180,11 @@ class Host:
     def __init__(self, work: Path, source: list[str]) -> None:
         self.logs = work / "logs"
         self._control = work / "control"
-        self._log = (work / "collector.log").open("wb")
-        command = ["vmr-host", "collect", "--log-dir", str(self.logs), "--control", str(self._control)]
         self.command = (
             f"vmr-host collect --log-dir {self.logs} --expect 1 --start-buffer 2 {' '.join(source)}"
         )
-        self._collector = subprocess.Popen(
-            [*command, "--expect", "1", "--start-buffer", "2", *source], stderr=self._log
+        self._collector = start(
+            [*self.command.split(), "--control", str(self._control)], work / "collector.log", os.environ
         )
 
     def log(self) -> str:
@@ -178,7 +194,6 @@ class Host:
     def close(self) -> None:
         self._collector.terminate()
         self._collector.wait()
-        self._log.close()
 
 
 def show_log(host: Host, already: int = 0) -> int:

@@ -57,7 +57,15 @@ def main() -> None:
             part for each in requirements for part in (["-e", each] if each.startswith(".") else [each])
         ]
         done = subprocess.run(
-            [venv / "bin" / "python", "-m", "pip", "install", "-qq", "--disable-pip-version-check", *editable],
+            [
+                venv / "bin" / "python",
+                "-m",
+                "pip",
+                "install",
+                "-qq",
+                "--disable-pip-version-check",
+                *editable,
+            ],
             cwd=ROOT,
             stdout=sys.stderr,
         )
