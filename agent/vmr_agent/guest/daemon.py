@@ -25,7 +25,7 @@ from typing import Any, Callable, Optional, Union
 import vmr_agent
 from vmr_agent import control
 from vmr_agent.errors import Problem, show
-from vmr_agent.guest import processes, roster
+from vmr_agent.guest import keepsakes, processes, roster
 from vmr_agent.guest.files import Files
 from vmr_agent.guest.port import Port, PortState
 from vmr_agent.guest.roster import Entry, Roster
@@ -124,7 +124,7 @@ class Daemon:
         self._held = False
         self._problem: Optional[str] = None
         self._given_up: set[bytes] = set()
-        self._rows_sent: dict[bytes, tuple[str, int, str]] = {}
+        self._rows_sent: dict[bytes, messages.Vmr] = {}
         self._changed_rows: set[bytes] = set()
         self._reboot: Optional[subprocess.Popen[bytes]] = None
         self._reboot_asked = 0.0
@@ -505,11 +505,22 @@ class Daemon:
             self._roster.exited(run)
             self._since = max(self._since, boottime())
             self._undecided = True
+            if entry.latest is run:
+                self._look_for_edits(entry, run)
             self._nudge("exited", self._watchers(run.info.run))
         self._changed_rows.add(run.info.vmr)
         if run.closed() is not None:
             self._live.pop(run.info.run, None)
             self._shipper.touch(run.info.run)
+
+    def _look_for_edits(self, entry: Entry, run: Run) -> None:
+        """After a rerun that went well, say how to bring home what was edited for it."""
+        result = run.result()
+        if run.info.trigger in (Trigger.RERUN, Trigger.HOST) and result is not None and result.exit_code == 0:
+            paths = self._spool.edited(entry.name, self._launch + b"/" + entry.name)
+            entry.changed = bool(paths)
+            if paths:
+                self._log(keepsakes.pull_hint(entry.name, paths, socket.gethostname()))
 
     # --- the host ---
 
@@ -690,11 +701,12 @@ class Daemon:
     def _send_row(self, entry: Entry) -> None:
         state, reason = roster.state_of(entry)
         attempt = entry.latest.info.attempt if entry.latest else 0
-        if self._rows_sent.get(entry.name) != (state, attempt, reason):
-            self._rows_sent[entry.name] = (state, attempt, reason)
-            self._shipper.send(
-                messages.Vmr(vmr=entry.name, state=state, attempt=attempt, reason=messages.text(reason))
-            )
+        row = messages.Vmr(
+            vmr=entry.name, state=state, attempt=attempt, reason=messages.text(reason), changed=entry.changed
+        )
+        if self._rows_sent.get(entry.name) != row:
+            self._rows_sent[entry.name] = row
+            self._shipper.send(row)
 
     def _pump(self, now: float) -> None:
         """Write what there is to write, until the port takes no more."""
@@ -882,6 +894,7 @@ class Daemon:
         }
 
     def _verb_reset(self, client: control.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+        self._watch(boottime(), full=False)
         if not self._held:
             raise Problem("cannot reset: VMRs would run again at once", hint="vmr-agent hold first")
         if any(run.result() is None for run in self._live.values()):
@@ -892,6 +905,7 @@ class Daemon:
         self._roster.clear()
         self._given_up.clear()
         self._watcher.forget()
+        self._watch(boottime(), full=True)
         self._since, self._undecided = boottime(), True
         self._take(self._session.renew(boottime(), "reset"))
         return {}

@@ -27,10 +27,12 @@ class Entry:
         self.scheduled: Optional[Run] = None
         self.unfinished: dict[RunId, Run] = {}
         self.reboots = 0
+        self.changed: Optional[bool] = None
+        """Whether its files are not what was staged; known after a rerun that exited with 0."""
 
     def began(self, run: Run) -> None:
         """A run of it was made, or found."""
-        self.latest = run
+        self.latest, self.changed = run, None
         if run.info.trigger in _SCHEDULED:
             self.scheduled = run
             self.reboots = max(self.reboots, run.info.number)
@@ -65,7 +67,10 @@ class Roster:
 
     def staged(self, name: bytes, vmr: Vmr) -> None:
         """The watcher saw it, or saw it change."""
-        self._entry(name).vmr = vmr
+        entry = self._entry(name)
+        if entry.vmr is None and entry.latest is not None and entry.latest.info.script == vmr.script:
+            self._spool.mark_back(name)  # moved away, and back
+        entry.vmr = vmr
         self._refresh(name)
 
     def gone(self, name: bytes) -> None:

@@ -164,6 +164,7 @@ class Vmr:
     state: str = _of("text")
     attempt: int = _of("uint")
     reason: str = _of("text")
+    changed: Optional[bool] = _maybe("bool")
 
 
 @dataclass(frozen=True)

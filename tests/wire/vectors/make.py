@@ -341,6 +341,7 @@ def each_message() -> None:
         ),
         g.say("vmr", **vmr_fields()),
         g.say("vmr", **vmr_fields(vmr=b"5/late.sh", state="refused", reason="call_arguments.sh is empty")),
+        g.say("vmr", **vmr_fields(state="exited", attempt=2, changed=True)),
         g.say("vmr", **vmr_fields(vmr=None, state="")),
         g.say("run", **run_fields()),
         g.say("run", **run_fields(run=RUN2, attempt=2, trigger="rerun", request=ASK, pid=0)),
@@ -406,7 +407,7 @@ def values() -> None:
         g.say(
             "heartbeat", wall=WALL, boottime=None, configured=None, since_zero=None, zero_by=None, health=None
         ),
-        g.say("vmr", **vmr_fields(vmr=None, state="")),
+        g.say("vmr", **vmr_fields(vmr=None, state="", changed=None)),
     )
     g = Counted(HOST)
     bare = {"state": "", "attempt": 0, "reason": ""}
