@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -20,10 +19,10 @@ from typing import Any
 
 from vmr_agent.cli.progress import Progress
 from vmr_agent.cli.remote import Ask, Remote, kind, remote_of
+from vmr_agent.contents import sha256
 from vmr_agent.errors import Problem, show
 from vmr_agent.wire.messages import PIECE
 
-_BLOCK = 1 << 20  # bytes hashed at once
 _MOST = 1_000_000  # entries of a tree: ten times what anyone has, and what a VM may make us remember
 _MODE = 0o777  # of a file that a VM sends: with its set-uid bit others would run a VM's program as our user
 
@@ -130,12 +129,13 @@ class _Incoming:
         if self._flying or self._fd < 0:
             return
         os.ftruncate(self._fd, self._size)
-        if _sha256(self._fd) != self._sha256:
+        if sha256(self._fd) != self._sha256:
             raise Problem(
                 f"cannot pull {self._remote.vm}:{show(self._path)}: what arrived is not what is there",
                 hint="was it written to meanwhile?",
             )
-        _complete(self._fd, self._mode, self._mtime)
+        os.fchmod(self._fd, self._mode)
+        _utime(self._fd, self._mtime)
         self.close()
 
     def close(self) -> None:
@@ -157,6 +157,7 @@ def _pull_file(remote: Remote, facts: Mapping[str, Any], target: bytes, progress
             remote.all(incoming.asks())
         else:
             _pull_unsized(remote, path, facts, fd, progress)
+        _sync(part)
         os.rename(part, target)
     except BaseException:
         with suppress(OSError):
@@ -175,7 +176,8 @@ def _pull_unsized(remote: Remote, path: bytes, facts: Mapping[str, Any], fd: int
         _write(fd, data, at)
         at += len(data)
         progress.add(len(data))
-    _complete(fd, remote.number(facts, "mode") & _MODE, remote.number(facts, "mtime", least=-(2**63)))
+    os.fchmod(fd, remote.number(facts, "mode") & _MODE)
+    _utime(fd, remote.number(facts, "mtime", least=-(2**63)))
     os.close(fd)
 
 
@@ -203,15 +205,16 @@ def _pull_tree(remote: Remote, path: bytes, target: bytes, progress: Progress) -
                 each.close()
         for inside, facts in entries:
             if facts["kind"] == "link":
-                target = remote.bytes(facts, "target")
-                if b"\0" in target:
-                    raise remote.nonsense(f"a link leads to {show(target)}")
-                os.symlink(target, os.path.join(part, inside))
+                leads_to = remote.bytes(facts, "target")
+                if b"\0" in leads_to:
+                    raise remote.nonsense(f"a link leads to {show(leads_to)}")
+                os.symlink(leads_to, os.path.join(part, inside))
         for inside, facts in [*entries[::-1], (b"", remote.ask("stat", path=path)[0])]:
             if facts["kind"] == "directory":
                 made = os.path.join(part, inside)
                 os.chmod(made, remote.number(facts, "mode") & _MODE)
                 _utime(made, remote.number(facts, "mtime", least=-(2**63)))
+        os.sync()
         os.rename(part, target)
     except BaseException:
         _remove_tree(part)
@@ -285,24 +288,15 @@ def _write(fd: int, data: bytes, at: int) -> None:
         data, at = data[taken:], at + taken
 
 
-def _complete(fd: int, mode: int, mtime: int) -> None:
-    os.fchmod(fd, mode)
-    _utime(fd, mtime)
+def _sync(path: bytes) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     os.fsync(fd)
+    os.close(fd)
 
 
 def _utime(target: Any, mtime: int) -> None:
     with suppress(OverflowError):  # a time beyond what this file system knows
         os.utime(target, ns=(mtime, mtime))
-
-
-def _sha256(fd: int) -> bytes:
-    digest = hashlib.sha256()
-    offset = 0
-    while data := os.pread(fd, _BLOCK, offset):
-        digest.update(data)
-        offset += len(data)
-    return digest.digest()
 
 
 def _remove_tree(path: bytes) -> None:

@@ -6,8 +6,6 @@ It must not know: sessions, frames, the collector; what a tree is for.
 from __future__ import annotations
 
 import argparse
-import errno
-import hashlib
 import os
 import stat
 import sys
@@ -17,10 +15,9 @@ from typing import Optional
 
 from vmr_agent.cli.progress import Progress
 from vmr_agent.cli.remote import Answered, Ask, Remote, kind, part_name, remote_of
+from vmr_agent.contents import Digest, next_data
 from vmr_agent.errors import Problem, show
 from vmr_agent.wire.messages import PIECE
-
-_BLOCK = 1 << 20  # bytes hashed at once
 
 
 def push(args: argparse.Namespace) -> int:
@@ -32,7 +29,7 @@ def push(args: argparse.Namespace) -> int:
         is_tree = stat.S_ISDIR(status.st_mode)
         entries = walk(source) if is_tree else []
     except OSError as error:
-        raise Problem(f"cannot push {show(source)}: {error.strerror}") from None
+        raise Problem(f"cannot push {_named(error, source)}: {error.strerror}") from None
     if not is_tree and not stat.S_ISREG(status.st_mode):
         raise Problem(f"cannot push {show(source)}: it is neither a file nor a directory")
     with Progress(show(name)) as progress:
@@ -56,7 +53,10 @@ def push(args: argparse.Namespace) -> int:
         except BaseException as failed:
             remote.leave("remove", path=part)
             if isinstance(failed, OSError):
-                raise Problem(f"cannot read {show(source)}: {failed.strerror or failed}") from None
+                raise Problem(f"cannot read {_named(failed, source)}: {failed.strerror or failed}") from None
+            if isinstance(failed, Problem):
+                told = str(failed.args[0]).replace(show(part), show(target))
+                raise Problem(told, hint=failed.hint) from None
             raise
     print(progress.line(f"{len(entries)} entries" if is_tree else ""))
     return 0
@@ -140,18 +140,17 @@ def _sending(
     try:
         if not os.path.samestat(os.fstat(fd), expected):
             raise Problem(f"cannot push {show(source)}: it has changed meanwhile")
-        digest = hashlib.sha256()
+        digest = Digest()
         yield Ask("write", {"path": part, "offset": 0})  # an empty file is one, too
         at = 0
         while at < expected.st_size:
-            start = min(_next_data(fd, at), expected.st_size)
-            for hole in range(at, start, _BLOCK):
-                digest.update(bytes(min(_BLOCK, start - hole)))
+            start = min(next_data(fd, at, expected.st_size), expected.st_size)
+            digest.hole(start - at)
             progress.add(start - at)
             at = start
             data = os.pread(fd, min(PIECE, expected.st_size - at), at)
             if data:
-                digest.update(data)
+                digest.data(data)
                 yield Ask("write", {"path": part, "offset": at}, data, _counting(progress, len(data)))
                 at += len(data)
             elif at < expected.st_size:
@@ -174,6 +173,10 @@ def _sending(
         os.close(fd)
 
 
+def _named(error: OSError, otherwise: bytes) -> str:
+    return show(error.filename if isinstance(error.filename, bytes) else otherwise)
+
+
 def _counting(progress: Progress, count: int) -> Answered:
     return lambda result, data: progress.add(count)
 
@@ -194,10 +197,3 @@ def _remote_target(remote: Remote, destination: bytes, name: bytes, is_tree: boo
             hint="a directory replaces nothing" if is_tree else None,
         )
     return path
-
-
-def _next_data(fd: int, at: int) -> int:
-    try:
-        return os.lseek(fd, at, os.SEEK_DATA)
-    except OSError as error:
-        return sys.maxsize if error.errno == errno.ENXIO else at  # else it can't tell: all of it is data

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import os
 import select
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -56,7 +57,7 @@ class Remote:
         self._connect, self._verb, self._waiting = connect, verb, waiting
         self._collector = connect()
         self._answered_once = False
-        self._heard = time.monotonic()
+        self._lost: Optional[float] = None  # since when nobody has answered
 
     def ask(self, verb: str, **args: Any) -> tuple[Mapping[str, Any], bytes]:
         """Ask one thing and wait for its answer."""
@@ -71,7 +72,6 @@ class Remote:
         earliest first.
         """
         flying: dict[str, Ask] = {}
-        self._heard = time.monotonic()
         while True:
             while len(flying) < WINDOW:
                 ask = next(asks, None)
@@ -107,8 +107,10 @@ class Remote:
         ask = flying.pop(str(row["id"]), None)
         if ask is None:
             return  # to what was given up
-        self._answered_once, self._heard = True, time.monotonic()
-        self._waiting("")
+        self._answered_once = True
+        if self._lost is not None:
+            self._lost = None
+            self._waiting("")
         if not row.get("ok"):
             raise Problem(f"cannot {self._verb} {self.vm}:{row.get('error')}")
         ask.answered(row["result"], data)
@@ -116,8 +118,9 @@ class Remote:
     def _go_on(self, flying: Mapping[str, Ask], reason: str) -> None:
         """Ask again what has no answer, when there is somebody to ask."""
         self._waiting(reason)
+        self._lost = self._lost or time.monotonic()
         while True:
-            if time.monotonic() - self._heard > PATIENCE:
+            if time.monotonic() - self._lost > PATIENCE:
                 raise Problem(f"cannot {self._verb}: {reason}, and nothing was heard for {PATIENCE:.0f} s")
             time.sleep(_AGAIN)
             with suppress(Problem, OSError):
@@ -159,7 +162,9 @@ class Remote:
 
 
 def remote_of(args: argparse.Namespace, verb: str, progress: Progress) -> Remote:
-    """The VM that a verb's arguments name."""
+    """The VM that a verb's arguments name. From here on an end by a signal tidies up, too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     return Remote(lambda: collector(args), args.vm, verb, waiting=progress.note)
 
 
@@ -168,7 +173,10 @@ def part_name(name: bytes, word: bytes) -> bytes:
     return b"." + name[:100] + b"." + hashlib.sha256(word).hexdigest()[:16].encode() + b".part"
 
 
-def kind(facts: Mapping[str, Any]) -> Optional[str]:
-    """What a path is in the VM; None: nothing."""
-    found = facts.get("kind")
-    return found if isinstance(found, str) else None
+def kind(facts: Mapping[str, Any]) -> str:
+    """What a path is in the VM, a word fit to be shown."""
+    return show(str(facts.get("kind")).encode("utf-8", "backslashreplace"))[:40]
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit(143)

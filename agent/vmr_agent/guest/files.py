@@ -8,8 +8,6 @@ Over 400 lines: twelve short verbs read as one list.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import shutil
@@ -20,13 +18,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Callable, Optional
 
+from vmr_agent.contents import next_data, sha256
 from vmr_agent.errors import Problem, show
 from vmr_agent.schedule import is_vmr_directory, parse_start_time, sort_key
 from vmr_agent.wire.messages import PIECE, Reply, Request, Scalar, text
 
 Args = Mapping[str, Scalar]
 Result = dict[str, Scalar]
-_BLOCK = 1 << 20  # bytes hashed at once; hashlib and reads let other threads run meanwhile
 _WORKERS = 8  # threads at most: the host's window asks for more, and under emulation each is slow
 _PART = b".part"
 
@@ -127,14 +125,14 @@ class Files:
         path = self._path(args)
         offset, end = _number(args, "offset"), _number(args, "end")
         with _Opened(path, args.get("id")) as file:
-            start = _next_data(file.fd, offset, file.status.st_size)
+            start = next_data(file.fd, offset, file.status.st_size)
             if start >= end:
                 return {"at": start, "data": b""}
             return {"at": start, "data": os.pread(file.fd, min(end - start, PIECE), start)}
 
     def _digest(self, args: Args) -> Result:
         with _Opened(self._path(args), args.get("id")) as file:
-            return {"sha256": _sha256(file.fd)}
+            return {"sha256": sha256(file.fd)}
 
     def _list(self, args: Args) -> Result:
         """A page of a directory, after a name: JSON objects, one a line, names by `os.fsdecode`."""
@@ -184,7 +182,7 @@ class Files:
             raise
         try:
             os.ftruncate(fd, size)
-            if _sha256(fd) != digest:
+            if sha256(fd) != digest:
                 os.unlink(part)
                 if part != path and _holds(path, digest):
                     return {}  # likewise; a write repeated since had begun the part anew
@@ -383,28 +381,11 @@ def _same_directory(status: os.stat_result) -> bytes:
     return b"%d:%d" % (status.st_dev, status.st_ino)
 
 
-def _next_data(fd: int, offset: int, size: int) -> int:
-    """Where data are next, at ``offset`` or after the hole there; the file's size when there are no more."""
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError as error:
-        return size if error.errno == errno.ENXIO else offset  # else it can't tell: all of it is data
-
-
-def _sha256(fd: int) -> bytes:
-    digest = hashlib.sha256()
-    offset = 0
-    while data := os.pread(fd, _BLOCK, offset):
-        digest.update(data)
-        offset += len(data)
-    return digest.digest()
-
-
 def _holds(path: bytes, digest: bytes) -> bool:
     """Whether the file at ``path`` is the one of this digest."""
     try:
         with _Opened(path, None) as file:
-            return _sha256(file.fd) == digest
+            return sha256(file.fd) == digest
     except (OSError, Problem):
         return False
 
