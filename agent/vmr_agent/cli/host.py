@@ -65,8 +65,14 @@ def _parser() -> arguments.Parser:
 
     collect = verb("collect", _collect, "Be the collector: take frames from VMs and write their logs.")
     collect.add_argument("sources", nargs="*", metavar="VM=SOCKET", help="a VM and its chardev's socket")
+    log_dir = os.environ.get("VMR_HOST_LOG_DIR")
     collect.add_argument(
-        "--log-dir", type=Path, required=True, metavar="DIR", help="where logs and raw output go"
+        "--log-dir",
+        type=Path,
+        default=log_dir and Path(log_dir),
+        required=not log_dir,
+        metavar="DIR",
+        help="where logs and raw output go",
     )
     collect.add_argument(
         "--listen", action="append", default=[], metavar="VM=PATH", help="listen for a VM whose side connects"
@@ -235,6 +241,7 @@ def _rerun(args: argparse.Namespace) -> int:
     vmr = collected.vmr(args)
     named = f"{show(vmr)} on {view.text(args.vm)}"
     follow = f"vmr-host logs --follow {view.text(args.vm)} {show(vmr)}"
+    stopped = f"stopped before {view.text(args.vm)} answered; vmr-host list {view.text(args.vm)} shows whether it runs"
     with collected.collector(args) as collector:
         try:
             began = collector.ask("rerun", vm=args.vm, vmr=os.fsdecode(vmr))
@@ -242,10 +249,11 @@ def _rerun(args: argparse.Namespace) -> int:
             if args.detach:
                 remark(f"attempt {began['attempt']} of {named} is started; {follow}")
                 return 0
+            stopped = f"stopped watching; {named} goes on: {follow}"
             remark(f"attempt {began['attempt']} of {named}")
             row = collected.follow(run, list(Stream), watch=collected.Watch(collector, args.vm))
         except KeyboardInterrupt:
-            remark(f"stopped watching; {named} goes on: {follow}", always=True)
+            remark(stopped, always=True)
             return 130
     return output.exit_status(PROGRAM, *view.ending(row))
 
