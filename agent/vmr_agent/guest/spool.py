@@ -869,6 +869,13 @@ class Spool(History):
             _write_durably(path, {"after_attempt": after_attempt})
             self._gone[vmr] = after_attempt
 
+    def mark_back(self, vmr: bytes) -> None:
+        """Record that the same VMR is there again: what is edited in it from now on makes no new one."""
+        if self._gone_after(vmr):
+            path = (self.path / "runs" / run_path(vmr, 1)).parent / "gone"
+            _write_durably(path, {"after_attempt": 0})
+            self._gone[vmr] = 0
+
     def gone(self, vmr: bytes) -> bool:
         """Whether it was seen gone since its latest attempt."""
         latest = self.latest(vmr)
