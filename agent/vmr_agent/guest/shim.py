@@ -587,7 +587,7 @@ def explain(number: int, script: bytes) -> str:
                 return f"{path} is not executable"
         except OSError:
             pass
-        if words and not os.access(words[0], os.X_OK):
+        if words and (os.path.isdir(words[0]) or not os.access(words[0], os.X_OK)):
             return f"the interpreter of {path} may not be executed: {interpreter}"
         return f"no permission to execute {path}"
     if number == errno.ETXTBSY:
