@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
+
+from vmr_agent import control
+from vmr_agent.errors import Problem
 
 AGENT = Path(__file__).resolve().parents[2] / "agent"
 LIMIT = 60.0  # s; for whatever must happen
@@ -97,10 +100,11 @@ class World:
 
     # --- processes ---
 
-    def start_daemon(self, *options: str) -> subprocess.Popen[bytes]:
+    def start_daemon(self, *options: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """Start the daemon; ``before`` is a command that executes what follows it."""
         log = (self.path / "daemon.log").open("ab")
         self.daemon = subprocess.Popen(
-            [sys.executable, "-m", "vmr_agent.cli.agent", "run", *options],
+            [*before, sys.executable, "-m", "vmr_agent.cli.agent", "run", *options],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -139,6 +143,19 @@ class World:
             capture_output=True,
             timeout=limit,
         )
+
+    def ask(self, verb: str, **args: Any) -> dict[str, Any]:
+        """Ask the daemon as a verb does, but without a process of its own."""
+        with control.Daemon(self.runtime / control.SOCKET, program="daemon", hint="") as daemon:
+            return daemon.ask(verb, **args)
+
+    def row(self, vmr: str) -> dict[str, Any]:
+        """The row of one VMR in the daemon, empty when it isn't known there, or nobody answers."""
+        try:
+            rows = self.ask("status")["vmrs"]
+        except Problem:
+            return {}
+        return next((row for row in rows if row["vmr"] == vmr), {})
 
     def kill9(self, process: Optional[subprocess.Popen[bytes]]) -> None:
         assert process is not None
