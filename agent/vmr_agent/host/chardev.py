@@ -10,13 +10,15 @@ import asyncio
 import os
 import socket
 import stat
+from collections import deque
 from pathlib import Path
 from typing import Callable, Optional
 
 from vmr_agent.errors import Problem
 
 RETRY_FIRST, RETRY_LAST = 0.1, 1.0  # s between attempts to connect
-_PIECE = 1 << 18  # bytes taken at once
+UNREAD = 1 << 20  # bytes the guest may leave unread: what is meant for it is small, and all is said again
+_PIECE = 1 << 16  # bytes taken at once; of the worst frames so much holds up the other VMs for 0.1 s
 
 
 class Chardev:
@@ -37,7 +39,8 @@ class Chardev:
         self._loop = asyncio.get_running_loop()
         self._sock: Optional[socket.socket] = None
         self._listener: Optional[socket.socket] = None
-        self._out: list[bytes] = []
+        self._out: deque[bytes] = deque()
+        self._unsent = 0
         self._retry = RETRY_FIRST
         self._timer: Optional[asyncio.TimerHandle] = None
         self.reason = "not tried yet"
@@ -46,7 +49,7 @@ class Chardev:
         """Begin to connect, or to listen. Raises Problem when it can't listen there."""
         if self.listen:
             self._listener = _listen(self.path)
-            self._loop.add_reader(self._listener, self._accept)
+            self._wait()
             self.reason = "nobody has connected"
         else:
             self._connect()
@@ -66,7 +69,10 @@ class Chardev:
         if self._sock is None:
             return
         self._out.append(frame)
-        if len(self._out) == 1:
+        self._unsent += len(frame)
+        if self._unsent > UNREAD:
+            self.drop("the guest doesn't read")
+        elif len(self._out) == 1:
             self._send()
 
     def drop(self, reason: str) -> None:
@@ -74,8 +80,16 @@ class Chardev:
         if self._sock is not None:
             self._retry = RETRY_LAST
             self._lost(reason)
+            if self._listener is not None:  # else whoever connects again at once would have us do so for ever
+                self._loop.remove_reader(self._listener)
+                self._timer = self._loop.call_later(RETRY_LAST, self._wait)
 
     # --- inside ---
+
+    def _wait(self) -> None:
+        self._timer = None
+        assert self._listener is not None
+        self._loop.add_reader(self._listener, self._accept)
 
     def _connect(self) -> None:
         self._timer = None
@@ -109,6 +123,7 @@ class Chardev:
     def _take(self, sock: socket.socket) -> None:
         self._sock, self.reason = sock, ""
         self._out.clear()
+        self._unsent = 0
         self._loop.add_reader(sock, self._read)
         self._opened()
 
@@ -136,10 +151,11 @@ class Chardev:
             except OSError as error:
                 self._lost(error.strerror or str(error))
                 return
+            self._unsent -= sent
             if sent < len(self._out[0]):
                 self._out[0] = self._out[0][sent:]
             else:
-                self._out.pop(0)
+                self._out.popleft()
         if self._sock is not None:
             self._loop.remove_writer(self._sock)
 

@@ -7,6 +7,7 @@ whatever one sends, the others go on. Over 400 lines, as one module: a loop and 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import os
 import selectors
@@ -14,8 +15,10 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -29,6 +32,7 @@ from vmr_agent.host.life import BadGuest, Diverged
 from vmr_agent.host.logstore import LogStore, Syncer
 from vmr_agent.host.renderer import RendererProcess
 from vmr_agent.host.transfer import Relay
+from vmr_agent.runs import Stream
 from vmr_agent.schedule import near, parse_vmr
 from vmr_agent.wire import messages
 from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
@@ -38,12 +42,18 @@ SWEEP_BYTES = 8 << 20  # arrived and not acknowledged; at once then
 TICK = 1.0  # s; how often sessions are told the time
 HELD_LINE = 1.0  # s; a line without an end is shown after so long
 STRANGER = 10.0  # s; a socket that talks for so long and says no Hello speaks something else
+GARBAGE = 1 << 20  # bytes in one connection; no guest makes so much, and to search it is work
+SESSIONS = 10  # at once, then one a second: each costs a line here and a record in the journal
+MAX_ROWS = 20_000  # VMRs of one VM kept in memory: twice the most anyone stages
+FAR = 10**18  # ns; no experiment's start is 30 years away
 _REPLY = 30.0  # s; a guest that has not answered a request by then won't
+_LINE = 2_000  # characters; a guest's name for something may be longer
 
 
 def say(line: str) -> None:
     """One line to the collector's own log, which is standard error."""
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):  # a log that can't be written, or whose reader has left, must not end all this
+        print(line[:_LINE], file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,12 @@ class Guest:
         self._held_lines: dict[tuple[bytes, int], float] = {}
         self._line_timer: Optional[asyncio.TimerHandle] = None
         self._strange_since: Optional[float] = None
+        self._strange_said = False
+        self._garbage_before = 0
+        self._announced: set[bytes] = set()
+        """Runs answered in this session: only of these an Ack means anything."""
+        self._contradicted = False
+        self._credit, self._credited = float(SESSIONS), time.monotonic()
         self._failure = ""
 
     @property
@@ -133,7 +149,8 @@ class Guest:
 
     def acknowledge(self, acks: Sequence[messages.Ack]) -> None:
         for ack in acks:
-            self.send(ack)
+            if ack.run in self._announced:
+                self.send(ack)
 
     # --- from the guest ---
 
@@ -142,16 +159,26 @@ class Guest:
         if due is not None and now >= due:
             self._act(self._session.tick(now))
         if self._strange_since is not None and now - self._strange_since > STRANGER:
-            self._strange_since = None
-            garbage = self._session.counts["garbage"]
+            self._say_strange()
+
+    def _say_strange(self) -> None:
+        self._strange_since = None
+        if not self._strange_said:
+            self._strange_said = True
             say(
-                f"{self.vm}: {self.chardev.path} says no Hello ({garbage:,} bytes of something else);"
+                f"{self.vm}: {self.chardev.path} says no Hello ({self._garbage:,} bytes of something else);"
                 " is it the vmr-agent port's socket?"
             )
+
+    @property
+    def _garbage(self) -> int:
+        """Bytes of it in this connection."""
+        return self._session.counts["garbage"] - self._garbage_before
 
     def _opened(self) -> None:
         self._session.connect(time.monotonic())
         self._strange_since = time.monotonic()
+        self._garbage_before = self._session.counts["garbage"]
         self._write()
 
     def _closed(self, reason: str) -> None:
@@ -160,6 +187,9 @@ class Guest:
 
     def _received(self, data: bytes) -> None:
         self._act(self._session.receive(data, time.monotonic()))
+        if self._garbage > GARBAGE:
+            self._say_strange()
+            self.chardev.drop("nothing but garbage")
 
     def _act(self, events: Sequence[Any]) -> None:
         for event in events:
@@ -174,6 +204,10 @@ class Guest:
                 return
             except OSError as failed:
                 self.store_failed(failed)
+                return
+            except Exception:  # a mistake of ours, which must not become every VM's
+                say(f"{self.vm}: cannot take what it says:\n{traceback.format_exc()[-1500:]}")
+                self.chardev.drop("what it said could not be taken")
                 return
         self._write()
 
@@ -197,7 +231,9 @@ class Guest:
             self._hold_line(event)
             self._collector.want_sweep(self.store.unsynced_bytes() >= SWEEP_BYTES)
         elif isinstance(event, messages.Run):
-            self.send(self.store.run(event))
+            ack = self.store.run(event)
+            self._announced.add(event.run)
+            self.send(ack)
             self._collector.want_sweep()
         elif isinstance(event, messages.Gap):
             self.store.gap(event)
@@ -220,20 +256,28 @@ class Guest:
             self._begin(event.hello)
         elif isinstance(event, Ended):
             self._held_lines.clear()
+            self._announced.clear()
             self.relay.ended(event.reason)
             say(f"{self.vm}: session over: {event.reason}")
 
     def _begin(self, hello: messages.Hello) -> None:
         if hello.spool is None:
             raise BadGuest("a Hello without a spool")
+        now = time.monotonic()
+        self._credit = min(SESSIONS, self._credit + now - self._credited)
+        self._credited = now
+        if self._credit < 1:
+            raise BadGuest("it begins anew too often")
+        self._credit -= 1
         self.hello, self._strange_since = hello, None
+        self._strange_said = self._contradicted = False
+        self._announced.clear()
         new_life = self.store.life(hello, time.time_ns())
         self._failure = ""
-        say(f"{self.vm}: session open with {show(hello.hostname or b'?')} ({hello.version})")
+        say(f"{self.vm}: session open with {show(hello.hostname or b'?')} ({show(hello.version.encode())})")
         if new_life:
             say(f"{self.vm}: a new life of this VM begins; the earlier one is kept")
         self._first_round = {}
-        now = time.monotonic()
         for run, stream in self.store.unfinished_lines():
             self._held_lines[run, stream] = now
         self._time_lines()
@@ -253,17 +297,22 @@ class Guest:
         if row.vmr is None:
             if self._first_round is not None:
                 self.rows, self._first_round = self._first_round, None
-        elif self._first_round is not None:
-            self._first_round[row.vmr] = row
-        elif row.state == "gone":
+        elif parse_vmr(row.vmr) != row.vmr:
+            raise BadGuest(f"no VMR has the name {show(row.vmr)}")
+        elif self._first_round is None and row.state == "gone":
             self.rows.pop(row.vmr, None)
         else:
-            self.rows[row.vmr] = row
+            # Cut, for what every VM may make us keep is bounded.
+            kept = dataclasses.replace(row, state=row.state[:32], reason=row.reason[:500])
+            rows = self.rows if self._first_round is None else self._first_round
+            rows[row.vmr] = kept
         if len(self.rows) > MAX_ROWS or len(self._first_round or ()) > MAX_ROWS:
             raise BadGuest(f"more than {MAX_ROWS:,} VMRs")
 
     def _hold_line(self, output: messages.Output) -> None:
         key = (output.run, output.stream)
+        if output.stream not in (Stream.STDOUT, Stream.STDERR):
+            return  # of a run that is over, or the store would have refused it
         if output.more or output.data[-1:] in (b"\n", b""):
             self._held_lines.pop(key, None)
         else:
@@ -290,13 +339,13 @@ class Guest:
         self._time_lines()
 
     def _diverged(self, reason: str) -> None:
+        if self._contradicted:
+            return  # each of its runs may contradict what is held; one new life answers them all
+        self._contradicted = True
         say(f"{self.vm}: was set back in time: {reason}")
         # Not by request(): there is no answer, and asked again in the session it brings it would have no end.
         args = {"reason": messages.text(reason)}
         self.send(messages.Request(request=os.urandom(16), verb="diverged", args=args))
-
-
-MAX_ROWS = 100_000  # VMRs of one VM kept in memory: ten times the most anyone stages
 
 
 class Collector:
@@ -429,7 +478,8 @@ class Collector:
         """A guest said how it stands: whether it's configured, and its time zero."""
         now = time.monotonic()
         guest.started = since_zero is not None
-        if self._zero is None and since_zero is not None and zero_by == "host" and guest.zero is None:
+        told = since_zero is not None and zero_by == "host" and guest.zero is None
+        if self._zero is None and since_zero is not None and told and abs(since_zero) <= FAR:
             # We were started again: the first guest that was told by a host tells us.
             self._zero = now - since_zero / 1e9
         if self._zero is None and self._expect is not None:

@@ -21,6 +21,9 @@ STATES = {
 }
 
 
+_GAP = 256  # bytes that a gap takes in memory, without its reason
+
+
 class HeldStream:
     """One stream of one run."""
 
@@ -48,8 +51,24 @@ class HeldRun:
         self.ended_ns = 0
         self.closed: Optional[messages.Closed] = None
         self.gaps: list[dict[str, Any]] = []
+        self.size = len(pack(message))
+        """Bytes that it keeps in memory, about."""
         self.label = (message.vmr, message.attempt)
         self.path = run_path(message.vmr, message.attempt)
+
+    def take_exit(self, message: messages.Exit) -> int:
+        """Returns by how much :attr:`size` grew."""
+        self.exit = message
+        return self._grow(len(pack(message)))
+
+    def list_gap(self, gap: dict[str, Any]) -> int:
+        """Returns by how much :attr:`size` grew."""
+        self.gaps.append(gap)
+        return self._grow(_GAP + len(gap["reason"]))
+
+    def _grow(self, by: int) -> int:
+        self.size += by
+        return by
 
     def row(self) -> dict[str, Any]:
         """``result.json``."""
@@ -113,10 +132,12 @@ class HeldRun:
     def from_json(cls, row: dict[str, Any]) -> HeldRun:
         run = cls(from_hex(row["run"]), row["started_ns"])
         if row["exit"]:
-            run.state, run.exit, run.ended_ns = RunState.EXITED, from_hex(row["exit"]), row["ended_ns"]
+            run.take_exit(from_hex(row["exit"]))
+            run.state, run.ended_ns = RunState.EXITED, row["ended_ns"]
         if row["closed"]:
             run.state, run.closed = RunState.CLOSED, from_hex(row["closed"])
-        run.gaps = row["gaps"]
+        for gap in row["gaps"]:
+            run.list_gap(gap)
         for held, values in zip(run.streams.values(), row["streams"]):
             held.held, held.gap_end, held.more, held.unfinished = values
         return run

@@ -45,6 +45,8 @@ TAIL = 65_536
 MAX_OFFSET = 2**62
 MAX_OPEN_RUNS = 10_000
 MAX_RUNS = 200_000
+MAX_HELD = 16 << 20
+"""Bytes of what open runs have said of themselves: 50,000 times what one says."""
 MAX_GAPS_LISTED = 1_000
 OPEN_FILES = 32
 """Raw files one VM keeps open: enough for the runs of a start time, and 1,000 VMs stay within ``nofile``."""
@@ -137,6 +139,8 @@ class Life:
         self._since_checkpoint = 0
         self._skew = 0
         self._runs: dict[bytes, HeldRun] = {}
+        self._held = 0
+        """Bytes that these keep in memory, about."""
         self._finished: dict[bytes, tuple[bytes, int]] = {}
         self._labels: dict[tuple[bytes, int], bytes] = {}
         self._touched: dict[bytes, HeldRun] = {}
@@ -208,7 +212,8 @@ class Life:
 
     def _finish(self, run: HeldRun) -> None:
         """Forget all of a run but its label."""
-        self._runs.pop(run.message.run, None)
+        if self._runs.pop(run.message.run, None) is not None:
+            self._held -= run.size
         self._finished[run.message.run] = run.label
         for stream in Stream:
             self._close_raw(f"{run.path}/{stream.filename}")
@@ -358,6 +363,8 @@ class Life:
             raise BadGuest(f"no VMR has the name {show(message.vmr)}, attempt {message.attempt}")
         if len(self._runs) >= MAX_OPEN_RUNS:
             raise BadGuest(f"more than {MAX_OPEN_RUNS:,} runs at once")
+        if self._held > MAX_HELD:
+            raise BadGuest(f"{self._held:,} bytes said of its open runs")
         if len(self._labels) >= MAX_RUNS:
             raise BadGuest(f"more than {MAX_RUNS:,} runs")
         run = HeldRun(message, message.started + self._skew)
@@ -435,6 +442,8 @@ class Life:
             return
         if message.ending not in STATES:
             raise BadGuest(f"no way to end: {message.ending!r}")
+        if self._held > MAX_HELD:
+            raise BadGuest(f"{self._held:,} bytes said of its open runs")
         if run.exit is None:
             self.append(Kind.EXIT, pack(message))
             self._apply_exit(run, message)
@@ -486,6 +495,7 @@ class Life:
 
     def _add(self, run: HeldRun) -> None:
         self._runs[run.message.run] = run
+        self._held += run.size
         self._labels[run.label] = run.message.run
         self._touched[run.message.run] = run
 
@@ -504,13 +514,13 @@ class Life:
         stream = Stream(message.stream)
         held = run.streams[stream]
         held.held = held.gap_end = message.offset + message.length
-        if len(run.gaps) < MAX_GAPS_LISTED:
+        if len(run.gaps) < MAX_GAPS_LISTED and self._held < MAX_HELD // 2:
             where = {"stream": stream.filename, "offset": message.offset, "length": message.length}
-            run.gaps.append({**where, "reason": message.reason})
+            self._held += run.list_gap({**where, "reason": message.reason})
         self._apply_output(run, stream, held.held, unfinished=False)
 
     def _apply_exit(self, run: HeldRun, message: messages.Exit) -> None:
-        run.exit = message
+        self._held += run.take_exit(message)
         run.ended_ns = message.ended + self._skew
         run.state = RunState.EXITED
         self._touched[message.run] = run

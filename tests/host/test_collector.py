@@ -1,0 +1,713 @@
+"""The collector as a real process: what it acknowledges, and what guests that lie can make of it (nothing)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import msgpack
+import pytest
+
+from tests.host.scripted import Ended, Guest, Host, Opened, closed, exited, output, run, until
+from vmr_agent.runs import Ending, RunState
+from vmr_agent.wire import framing, messages
+
+PATH = "-4/a.sh/1"
+FIRST = (1).to_bytes(16, "big")
+HUGE = 2**63 - 1
+MIB = 1 << 20
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = Host(tmp_path)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def guest(host: Host) -> Iterator[Guest]:
+    made = Guest(host.socket("good")).open()
+    yield made
+    made.close()
+
+
+def begin(guest: Guest, number: int = 1, **fields: Any) -> messages.Ack:
+    """Announce a run, and return its first Ack."""
+    announced = run(number, **fields)
+    before = len(guest.acks(announced.run))
+    guest.say(announced)
+    guest.hear(lambda: len(guest.acks(announced.run)) > before, "the Ack of a Run")
+    return guest.acks(announced.run)[before]
+
+
+# --- acknowledged is stored ---
+
+
+def test_an_ack_comes_only_when_the_bytes_are_in_their_files(host: Host, guest: Guest) -> None:
+    begin(guest)
+    data = random.Random(3).randbytes(3 * MIB)
+    offset = seen = 0
+    while offset < len(data):
+        piece = data[offset : offset + random.Random(offset).randrange(1, 30_000)]
+        guest.say(output(piece, offset))
+        offset += len(piece)
+        guest.hear(lambda: True)
+        acks = guest.acks(FIRST)
+        for ack in acks[seen:]:
+            assert host.raw("good", PATH)[: ack.stdout] == data[: ack.stdout]
+        seen = len(acks)
+        time.sleep(0.002)
+    guest.hear(lambda: guest.acks(FIRST)[-1].stdout == len(data), "all of it is acknowledged")
+    assert len(guest.acks(FIRST)) > 3, "it is acknowledged on the way, not at the end"
+
+
+def test_what_was_acknowledged_is_there_when_the_collector_is_killed(host: Host, guest: Guest) -> None:
+    begin(guest)
+    data = b"".join(b"line %d\n" % number for number in range(100_000))
+    for offset in range(0, len(data), 30_000):
+        guest.say(output(data[offset : offset + 30_000], offset))
+    guest.hear(lambda: guest.acks(FIRST)[-1].stdout > 0, "some of it is acknowledged")
+    acknowledged = guest.acks(FIRST)[-1].stdout
+    host.kill()
+    host.start()
+    again = Guest(host.socket("good")).open()
+    ack = begin(again)
+    assert ack.stdout >= acknowledged and ack.state == RunState.STARTED
+    assert host.raw("good", PATH)[: ack.stdout] == data[: ack.stdout]
+    again.say(*(output(data[at : at + 30_000], at) for at in range(ack.stdout, len(data), 30_000)))
+    again.hear(lambda: again.acks(FIRST)[-1].stdout == len(data), "the rest is acknowledged")
+    until(lambda: host.log("good", "json").count("\n") == 100_000, "each line in good.json, once")
+
+
+def test_the_first_ack_of_each_session_tells_the_tails(host: Host, guest: Guest) -> None:
+    assert begin(guest) == messages.Ack(FIRST, 0, 0, 0, ((0, 0), (0, 0)))
+    data = random.Random(1).randbytes(100_000)
+    for at in range(0, len(data), 20_000):
+        guest.say(output(data[at : at + 20_000], at))
+    guest.say(output(b"oops", stream=2))
+    guest.hear(lambda: (guest.acks(FIRST)[-1].stdout, guest.acks(FIRST)[-1].stderr) == (len(data), 4))
+    guest.close()
+    ack = begin(guest.open())
+    assert (ack.state, ack.stdout, ack.stderr) == (RunState.STARTED, len(data), 4)
+    assert ack.tails == ((zlib.crc32(data[-65_536:]), 65_536), (zlib.crc32(b"oops"), 4))
+
+
+def test_no_ack_of_a_run_comes_in_a_session_before_its_run(host: Host, guest: Guest) -> None:
+    """One of a sweep that began in the last session would be taken for the first, which tells the tails."""
+    for attempt in range(5):
+        guest.say(run(attempt, attempt=attempt + 1))
+        data = random.Random(attempt).randbytes(30_000)
+        guest.say(*(output(data, at * len(data), attempt) for at in range(40)), exited(attempt, stdout=7))
+        guest.events += guest.session.renew(time.monotonic(), "by the test")
+        before = len(guest.events)
+        guest.hear(lambda: guest.session.open, "a new session")
+        time.sleep(0.15)
+        guest.hear(lambda: True)
+        assert [event for event in guest.events[before:] if isinstance(event, messages.Ack)] == []
+
+
+def test_what_is_sent_again_is_stored_and_shown_once(host: Host, guest: Guest) -> None:
+    data = b"".join(b"line %d\n" % number for number in range(1000))
+    ended = exited(stdout=len(data))
+    over = closed(stdout=len(data))
+    for _ in range(3):
+        if not guest.session.open:
+            guest.open()
+        begin(guest, started=5)
+        for at in range(0, len(data), 1000):
+            guest.say(output(data[at : at + 1000], at))
+        guest.say(ended)
+        guest.hear(lambda: guest.acks(FIRST)[-1].state >= RunState.EXITED, "exited")
+        guest.close()
+    guest.open()
+    begin(guest, started=5)
+    guest.say(over)
+    guest.hear(lambda: guest.acks(FIRST)[-1].state == RunState.CLOSED, "closed")
+    assert host.raw("good", PATH) == data
+    until(lambda: "exited after" in host.log("good"), "the exit in good.log")
+    assert host.log("good", "json").count("\n") == 1000
+    assert host.log("good").count("exited after") == 1 and host.log("good").count("CALL ARGS") == 1
+    row = json.loads((host.logs / "good" / PATH / "result.json").read_text())
+    assert row["complete"] is True and row["stdout_bytes"] == len(data)
+
+
+def test_a_run_that_is_whole_is_answered_with_closed_for_ever(host: Host, guest: Guest) -> None:
+    begin(guest)
+    guest.say(output(b"all\n"), exited(stdout=4), closed(stdout=4))
+    guest.hear(lambda: guest.acks(FIRST)[-1].state == RunState.CLOSED, "closed")
+    for _ in range(2):
+        guest.close()
+        host.kill()
+        host.start()
+        guest = Guest(host.socket("good")).open()
+        ack = begin(guest)
+        assert (ack.state, ack.stdout) == (RunState.CLOSED, 4)
+        assert ack.tails == ((zlib.crc32(b"all\n"), 4), (0, 0))
+    guest.close()
+
+
+def test_a_second_connection_is_refused_and_disturbs_nothing(host: Host, guest: Guest) -> None:
+    begin(guest)
+    for _ in range(5):
+        other = Guest(host.socket("good")).connect()
+        until(lambda: other.gone, "the second is refused")
+    guest.say(output(b"still here\n"))
+    guest.hear(lambda: guest.acks(FIRST)[-1].stdout == 11, "acked")
+    assert guest.heard(Ended) == []
+
+
+def test_a_line_without_its_end_is_shown_after_a_second_and_not_while_there_is_more(
+    host: Host, guest: Guest
+) -> None:
+    begin(guest)
+    guest.say(output(b"more to come", more=True))
+    time.sleep(2.5)
+    assert "more to come" not in host.log("good")
+    guest.say(output(b", login: ", 12))
+    until(lambda: "b'more to come, login: '" in host.log("good"), "the prompt", 4.0)
+
+
+def test_time_travel_is_said_once_a_session(host: Host, guest: Guest) -> None:
+    """Each request begins a new life of the guest: one for each run it announces would be a life for each."""
+    for number in range(1, 6):
+        begin(guest, number, vmr=b"-4/%d" % number)
+    guest.say(*(run(number + 100, vmr=b"-4/%d" % number) for number in range(1, 6)))
+    guest.hear(lambda: guest.heard(messages.Request), "the request")
+    time.sleep(0.3)
+    guest.hear(lambda: True)
+    assert [request.verb for request in guest.heard(messages.Request)] == ["diverged"]
+
+
+# --- guests that lie ---
+
+
+Evil = Callable[[Guest], None]
+EVIL: list[Evil] = []
+
+
+def evil(act: Evil) -> Evil:
+    EVIL.append(act)
+    return act
+
+
+def each_alone(guest: Guest, said: list[list[messages.Message]]) -> None:
+    """Say each of these in a session of its own, for the host ends it."""
+    for some in said:
+        guest.open()
+        try:
+            guest.say(*some)
+            guest.hear(lambda: False, limit=0.1)
+        except (OSError, AssertionError):
+            pass
+        if guest.gone:
+            guest.close()
+
+
+def any_frame(guest: Guest, **payload: Any) -> bytes:
+    to, n = guest.session._number()
+    return framing.encode(msgpack.packb({"to": to, "n": n, **payload}, use_bin_type=True))
+
+
+ODD_NAMES = [
+    b"-4/..",
+    b"-4/../../x",
+    b"../x/y",
+    b"/etc/passwd",
+    b"-4/a\0b",
+    b"-4/a/b/c",
+    b"1e999/x",
+    b"-4/" + b"n" * 255,
+    b"-4/" + b"n" * 4_000,
+    b"-4/\xff\x1b[31m\n[2024-06-06 00:43:06 GMT INFO] fake",
+    b"-4/%2E%2E",
+]
+
+
+@evil
+def odd_names(guest: Guest) -> None:
+    numbered = list(enumerate(ODD_NAMES))
+    each_alone(guest, [[run(number, vmr=name), output(b"x\n", 0, number)] for number, name in numbered])
+    each_alone(guest, [[messages.Vmr(name, "exited", 1, "")] for name in ODD_NAMES[:2]])
+    each_alone(guest, [[run(98, vmr=b"-4/long", attempt=0)]])
+
+
+@evil
+def names_of_64_kib(guest: Guest) -> None:
+    guest.open()
+    frame = msgpack.packb({"type": "vmr", "to": guest.session.peer, "n": 0, "vmr": b"n" * 65_536})
+    guest.send(framing.HEADER.pack(0xC9, len(frame) + 7, b"VMR1", zlib.crc32(frame)) + frame)
+
+
+@evil
+def runs_that_never_began(guest: Guest) -> None:
+    gap = messages.Gap(FIRST, 1, 0, 5, "")
+    each_alone(guest, [[output(b"x\n")], [gap], [exited()], [closed()]])
+
+
+@evil
+def offsets_beyond_all_bounds(guest: Guest) -> None:
+    said: list[list[messages.Message]] = []
+    for offset in (2**40, 2**63 - 1):
+        for act in range(6):
+            number = len(said) + 1
+            which = number.to_bytes(16, "big")
+            acts: list[list[messages.Message]] = [
+                [output(b"x", offset, number)],
+                [messages.Gap(which, 1, offset, 1, "")],
+                [messages.Gap(which, 1, 0, offset, "")],
+                [messages.Gap(which, 2, 0, offset, ""), output(b"x\n", offset, number, stream=2)],
+                [exited(number, stdout=offset, stderr=offset)],
+                [closed(number, stdout=offset)],
+            ]
+            said.append([run(number, vmr=b"-4/%d" % number), *acts[act]])
+    each_alone(guest, said)
+
+
+@evil
+def output_that_overlaps_and_contradicts(guest: Guest) -> None:
+    guest.open()
+    begin(guest)
+    guest.say(output(b"0123456789"), output(b"345", 3), output(b"0123456789abc"), output(b"", 4))
+    guest.hear(lambda: guest.acks(FIRST)[-1].stdout == 13)
+    guest.say(output(b"XX", 2), output(b"abcXYZ", 10), *(output(b"%d" % at, 9) for at in range(1000)))
+    guest.hear(lambda: guest.heard(messages.Request))
+    assert len(guest.heard(messages.Request)) == 1
+
+
+@evil
+def marks_that_lie(guest: Guest) -> None:
+    wild = tuple((1, HUGE if number % 2 else 0) for number in range(2_000))
+    each_alone(
+        guest,
+        [
+            [run(), output(b"abc", marks=((2, 5),))],
+            [run(), output(b"abc", marks=())],
+            [run(), output(b"abc", marks=((HUGE, 1), (HUGE, 1)))],
+            [run(), output(b"", marks=((0, HUGE),) * 2_000)],
+            [run(), *(output(b"x" * 2_000, at * 2_000, marks=wild) for at in range(20))],
+        ],
+    )
+
+
+@evil
+def streams_there_are_not(guest: Guest) -> None:
+    said: list[list[messages.Message]] = [[run(), output(b"x", stream=n)] for n in (0, 3, HUGE)]
+    each_alone(guest, said)
+    guest.open()
+    begin(guest, 2, vmr=b"-4/done")
+    guest.say(exited(2), closed(2))
+    guest.hear(lambda: guest.acks((2).to_bytes(16, "big"))[-1].state == RunState.CLOSED)
+    guest.say(output(b"no end", 0, 2, stream=77), output(b"no end", 0, 2))
+    time.sleep(1.3)  # until lines without an end are shown
+
+
+@evil
+def ends_there_are_not(guest: Guest) -> None:
+    wild = {"started": HUGE, "ended": 0, "started_boottime": HUGE, "user": HUGE, "max_rss": HUGE}
+    each_alone(
+        guest,
+        [
+            [run(1, vmr=b"-4/1"), exited(1, ending="\x1b[31mdead")],
+            [run(2, vmr=b"-4/2"), exited(2, ending="signal", value=HUGE, **wild), closed(2)],
+            [run(3, vmr=b"-4/3"), exited(3, ending="code", value=HUGE, **wild), closed(3)],
+            [
+                run(4, vmr=b"-4/4"),
+                exited(4, ending="errno", value=HUGE, text="\n[fake]\x1b[31m" * 99, **wild),
+            ],
+            [run(5, vmr=b"-4/5"), exited(5), exited(5, value=1)],
+            [run(6, vmr=b"-4/6"), closed(6)],
+            [run(7, vmr=b"-4/7"), exited(7), closed(7), output(b"after", 0, 7), exited(7, value=1)],
+        ],
+    )
+
+
+@evil
+def times_there_are_not(guest: Guest) -> None:
+    for number, hello in enumerate(
+        (
+            {"wall": 0},
+            {"wall": HUGE},
+            {"wall": HUGE, "boottime": HUGE, "since_zero": HUGE, "zero_by": "host"},
+            {"boottime": 0, "since_zero": -HUGE - 1, "zero_by": "host"},
+            {"since_zero": -HUGE - 1, "zero_by": "somebody\x1b[31m"},
+            {"configured": True, "since_zero": None},
+        )
+    ):
+        guest.close()
+        own = {"boot": f"boot {number}", "wall": 5, "boottime": 1, "since_zero": None, "zero_by": None}
+        guest.hello = {**guest.hello, **own, **hello}
+        guest.open()
+        for first, started in ((1, 0), (100, HUGE)):
+            begin(guest, number + first, vmr=b"-4/%d" % (number + first), started=started)
+            guest.say(output(b"timeless\n", 0, number + first, marks=((9, HUGE),)))
+        guest.say(messages.Heartbeat(wall=HUGE, boottime=HUGE, since_zero=-HUGE, zero_by="host"))
+        guest.hear(lambda: guest.acks((number + 100).to_bytes(16, "big"))[-1].stdout == 9, "all is acked")
+
+
+@evil
+def a_frame_without_end(guest: Guest) -> None:
+    guest.open()
+    begin(guest)
+    whole = guest.session.frame(output(b"x" * 32_000))
+    guest.send(whole[:-1])
+    for _ in range(30):
+        guest.send(framing.HEADER.pack(0xC9, 32_000, b"VMR1", 7))
+        time.sleep(0.01)
+
+
+@evil
+def a_flood_of_tiny_frames(guest: Guest) -> None:
+    guest.open()
+    begin(guest)
+    for at in range(0, 50_000, 500):
+        guest.say(*(output(b"x", at + more) for more in range(500)))
+        guest.hear(lambda: True)
+    guest.hear(lambda: guest.acks(FIRST)[-1].stdout == 50_000, "all of it is acked")
+
+
+@evil
+def a_flood_of_hellos(guest: Guest) -> None:
+    guest.open()
+    for _ in range(100):
+        hellos = [
+            framing.encode(
+                messages.pack(
+                    messages.Hello(
+                        id=os.urandom(8), peer=guest.session.peer, role="guest", protocol=1, version="1", wall=1,
+                        spool=b"s" * 16,
+                    )
+                )
+            )
+            for _ in range(500)
+        ]  # fmt: skip
+        guest.send(b"".join(hellos))
+        guest.events.clear()
+
+
+@evil
+def hellos_of_another_life_each(guest: Guest) -> None:
+    guest.open()
+    for number in range(30):
+        guest.hello = {**guest.hello, "spool": os.urandom(16)}
+        guest.events += guest.session.renew(time.monotonic(), "by the test")
+        guest.hear(lambda: guest.session.open, f"life {number}", limit=3.0)
+
+
+@evil
+def a_host_that_is_not_listened_to(guest: Guest) -> None:
+    """It says Hello for ever and reads nothing: what is answered must not pile up."""
+    guest.connect()
+    hello = framing.encode(
+        messages.pack(messages.Hello(id=b"i" * 8, peer=None, role="guest", protocol=1, version="1", wall=1))
+    )
+    for _ in range(200):
+        guest.send(hello * 1_000)
+
+
+@evil
+def a_handshake_that_never_ends(guest: Guest) -> None:
+    guest.connect()
+    guest.send(b"\xc9")
+    time.sleep(0.2)
+    for peer in (None, b"x" * 8, None):
+        hello = messages.Hello(id=b"i" * 8, peer=peer, role="guest", protocol=99, version="9" * 4000, wall=1)
+        guest.send(framing.encode(messages.pack(hello)))
+    own = messages.Hello(id=b"i" * 8, peer=None, role="host", protocol=1, version="", wall=1)
+    guest.send(framing.encode(messages.pack(own)) * 50)
+
+
+@evil
+def garbage_that_looks_like_frames(guest: Guest) -> None:
+    """A header each 13 bytes, of a frame of 32 KiB each: checking them all is the most work a byte can make."""
+    guest.connect()
+    header = framing.HEADER.pack(0xC9, 32_000, b"VMR1", 7)
+    for _ in range(8):
+        guest.send(header * (MIB // len(header)))
+
+
+@evil
+def a_hundred_thousand_rows(guest: Guest) -> None:
+    guest.open()
+    filler = "r" * 3_000
+    for number in range(0, 110_000, 100):
+        guest.say(
+            *(
+                messages.Vmr(vmr=b"-4/%d" % (number + more), state="exited", attempt=1, reason=filler)
+                for more in range(100)
+            )
+        )
+    guest.say(messages.Vmr(vmr=None, state="", attempt=0, reason=""))
+
+
+@evil
+def runs_without_end(guest: Guest) -> None:
+    guest.open()
+    for number in range(10_500):
+        guest.say(run(number + 1, vmr=b"-4/r%d" % number, script=b"/" * 4_096))
+        if number % 50 == 0:
+            guest.hear(lambda: True)
+            guest.events.clear()
+
+
+@evil
+def answers_nobody_asked_for(guest: Guest) -> None:
+    guest.open()
+    for number in range(2_000):
+        guest.say(
+            messages.Reply(
+                number.to_bytes(16, "big"), True, "\x1b[31m", {"run": b"\xff", "data": "x" * 9_000}
+            )
+        )
+        health = {f"{key}{'k' * 50}": b"\xff" * 50 for key in range(256)}
+        guest.say(messages.Heartbeat(wall=1, health=health))
+        guest.hear(lambda: True)
+
+
+@evil
+def any_message_with_anything_in_it(guest: Guest) -> None:
+    """By the thousand, well-formed and not; seeded, so that what fails fails again."""
+    rng = random.Random(20_240_606)
+    integers = [0, 1, 2, 3, 4, 1281, 65_536, 2**31, 2**32, 2**62, HUGE, -1, -(2**63)]
+    texts = [
+        "",
+        "code",
+        "lost",
+        "signal",
+        "errno",
+        "running",
+        "gone",
+        "\x1b[31m",
+        "\n",
+        "é" * 40,
+        "x" * 4_096,
+    ]
+    blobs = [
+        b"",
+        b"r" * 16,
+        FIRST,
+        (2).to_bytes(16, "big"),
+        b"-4/a.sh",
+        b"-4/b.sh",
+        b"\xff" * 300,
+        b"x\n" * 900,
+    ]
+    shapes: list[Any] = [None, True, {}, {"a": 1}, [], [[1, 5]], [[0, 0], [0, 0]], [[7, HUGE]], 1.5, [[]]]
+    kinds = {
+        "uint": integers, "int": integers, "bool": [True, False], "text": texts, "bin": blobs, "name": blobs,
+        "bin8": [b"12345678"], "bin16": [FIRST, (2).to_bytes(16, "big"), b"r" * 16],
+        "map": [{}, {"a": 1, "b": b"\xff"}], "marks": [[], [[1, 5]], [[1800, 7]]], "tails": [[[0, 0], [0, 0]]],
+    }  # fmt: skip
+    everything = [*integers, *texts, *blobs, *shapes]
+    names = [name for name in messages.TYPES if name != "hello"]
+    for _ in range(300):
+        try:
+            guest.open(5.0)
+            for _ in range(40):
+                name = rng.choice(names)
+                fields: dict[str, Any] = {
+                    key: rng.choice(kinds.get(kind, everything) if rng.random() < 0.97 else everything)
+                    for key, kind, _, _ in messages.FIELDS[messages.TYPES[name]]
+                }
+                try:
+                    frame = any_frame(guest, type=name, **fields)
+                except (ValueError, OverflowError):
+                    continue
+                guest.send(frame)
+            guest.hear(lambda: True)
+        except (OSError, AssertionError):
+            pass
+        guest.close()
+        guest.events.clear()
+        if time.monotonic() > guest.hello["until"]:
+            return
+
+
+FAKE = "[2024-06-06 00:43:06 GMT INFO] b'forged'"
+
+
+@evil
+def words_that_forge_lines(guest: Guest) -> None:
+    ugly = f"\r\n{FAKE}\n\x1b[2J\x1b]0;owned\x07\u202e\u2028"
+    guest.hello = {
+        **guest.hello, "version": ugly, "hostname": ugly.encode(), "boot": ugly, "machine": ugly,
+    }  # fmt: skip
+    guest.open()
+    vmr = b"-4/" + ugly.encode().replace(b"/", b"")
+    begin(guest, 1, vmr=vmr, script=ugly.encode(), trigger=ugly, boot=ugly)
+    data = ugly.encode() + b"\n"
+    guest.say(output(data), messages.Gap(FIRST, 1, len(data), 5, ugly))
+    guest.say(exited(ending=Ending.ERRNO.value, text=ugly, stdout=len(data) + 5))
+    guest.say(closed(stdout=len(data) + 5, reason=ugly))
+    guest.hear(lambda: guest.acks(FIRST)[-1].state == RunState.CLOSED)
+    guest.say(messages.Vmr(vmr=vmr, state=ugly, attempt=1, reason=ugly))
+    guest.say(run(9, vmr=vmr, attempt=1), run(10, vmr=ugly.encode()))
+    guest.hear(lambda: guest.heard(messages.Request) or guest.gone)
+
+
+@pytest.fixture(scope="module")
+def liars_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """One collector for all liars, each with a VM of its own, and one VM that is good."""
+    made = Host(tmp_path_factory.mktemp("liars"), vms=("good", *(act.__name__ for act in EVIL)))
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("act", EVIL, ids=lambda act: act.__name__)
+def test_a_guest_that_lies_hurts_nobody_but_itself(
+    liars_host: Host, act: Evil, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host, vm = liars_host, act.__name__
+    good = Guest(host.socket("good"), spool=vm.encode().ljust(16)[:16])
+    liar = Guest(host.socket(vm))
+    liar.hello["until"] = time.monotonic() + 6.0  # type: ignore[assignment]
+    liar._introduce = _introducing(liar)  # type: ignore[method-assign]
+    failed: list[BaseException] = []
+
+    def lie() -> None:
+        try:
+            act(liar)
+        except OSError:
+            pass  # it was thrown out
+        except BaseException as error:
+            failed.append(error)
+
+    good.open()
+    begin(good)
+    before = host.most_memory()
+    said = len(host.said())
+    thread = threading.Thread(target=lie)
+    thread.start()
+    worst = at = lines = 0
+    began = time.monotonic()
+    while thread.is_alive() or lines < 5:
+        assert host.alive(), host.said()[-3000:]
+        assert time.monotonic() < began + 60
+        sent = time.monotonic()
+        good.say(output(b"still here %04d\n" % lines, at))
+        at, lines = at + 16, lines + 1
+        until(lambda: len(host.raw("good", PATH)) >= at, "the good VM's line")
+        worst = max(worst, time.monotonic() - sent)  # type: ignore[assignment]
+        good.hear(lambda: True)
+        time.sleep(0.02)
+    thread.join()
+    liar.close()
+    good.hear(lambda: good.acks(FIRST)[-1].stdout == at, "the good VM's lines are acknowledged")
+    starts = good.heard(messages.Start)
+    good.close()
+    memory = host.most_memory()
+    with capsys.disabled():
+        print(
+            f"\n    {vm}: another VM's line took {1000 * worst:.0f} ms at the most of {lines};"
+            f" {memory / MIB:.0f} MiB, {(memory - before) / MIB:+.0f}"
+        )
+    assert failed == []
+    assert host.alive()
+    new = host.said()[said:]
+    assert "Traceback" not in new and "\x1b" not in new, new[-3000:]
+    assert len(new) < 100_000, "its log can't be flooded"
+    assert memory < 160 * MIB
+    assert all(abs(start.delay) <= 10**18 for start in starts), "no VM can set nonsense for all"
+    # Nothing outside its own directory, and nothing in the logs that it could forge.
+    mine = tuple(f"{prefix}{name}{dot}" for name in host.vms for prefix, dot in ((".", "."), ("", ".")))
+    for entry in host.logs.iterdir():
+        name = entry.name
+        assert name in host.vms or name.startswith(mine) or name.split("~")[0] in host.vms, name
+    assert sorted(path.name for path in host.path.iterdir()) == ["collector.log", "logs"]
+    for kind in ("log", "json"):
+        text = host.log(vm, kind)
+        assert "\x1b" not in text and not any(line.startswith(FAKE) for line in text.splitlines())
+    assert FAKE not in new.splitlines()
+
+
+def _introducing(guest: Guest) -> Callable[..., messages.Hello]:
+    real = Guest._introduce
+
+    def introduce(own: bytes, peer: Any) -> messages.Hello:
+        kept = guest.hello
+        guest.hello = {key: value for key, value in kept.items() if key != "until"}
+        try:
+            return real(guest, own, peer)
+        finally:
+            guest.hello = kept
+
+    guest.session._introduce = introduce
+    return introduce
+
+
+def test_one_vms_time_zero_is_no_nonsense_for_the_others(tmp_path: Path) -> None:
+    """A collector that was started again learns the start from the first VM that tells it."""
+    host = Host(tmp_path)
+    host.start()
+    try:
+        for since in (HUGE, -HUGE - 1):
+            liar = Guest(host.socket("evil"), since_zero=since, zero_by="host").open()
+            good = Guest(host.socket("good")).open()
+            ack = begin(good)
+            good.say(output(b"one\n", ack.stdout))
+            good.hear(lambda: good.acks(FIRST)[-1].stdout == ack.stdout + 4, "the good VM is served")
+            assert good.heard(messages.Start) == []
+            liar.close()
+            good.close()
+        assert "Traceback" not in host.said()
+    finally:
+        host.stop()
+
+
+def test_a_liar_in_listen_mode_is_heard_once_a_second(host: Host) -> None:
+    """It connects again at once; each time costs a line in the collector's log and the reading of a journal."""
+    liar = Guest(host.socket("evil"))
+    deadline = time.monotonic() + 3.0
+    while time.monotonic() < deadline:
+        try:
+            liar.open(1.0)
+            liar.say(output(b"never began"))
+            liar.hear(lambda: False, limit=0.2)
+        except (OSError, AssertionError):
+            pass
+        liar.close()
+    assert 2 <= host.said().count("beginning anew") <= 5
+
+
+# --- what lies in the log directory's way ---
+
+
+def test_links_in_the_way_lead_nowhere(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("precious")
+    host = Host(tmp_path, vms=("good",))
+    host.start()
+    try:
+        guest = Guest(host.socket("good")).open()
+        begin(guest)
+        for name in ("-5", "-6"):
+            os.symlink(outside, host.logs / "good" / name)
+        (host.logs / "good" / "-7").mkdir()
+        os.symlink(outside, host.logs / "good" / "-7" / "a.sh")
+        (host.logs / "good" / "-8" / "a.sh" / "1").mkdir(parents=True)
+        os.symlink(outside / "precious", host.logs / "good" / "-8" / "a.sh" / "1" / "stdout")
+        for number, vmr in ((5, b"-5/a.sh"), (7, b"-7/a.sh"), (8, b"-8/a.sh")):
+            guest.close()
+            guest.open()
+            try:
+                guest.say(run(number, vmr=vmr), output(b"overwritten\n", 0, number))
+                guest.hear(lambda: guest.acks(number.to_bytes(16, "big")), limit=0.3)
+            except (OSError, AssertionError):
+                pass
+        assert host.alive()
+        assert [path.name for path in outside.iterdir()] == ["precious"]
+        assert (outside / "precious").read_text() == "precious"
+        assert guest.heard(Opened)
+        guest.close()
+    finally:
+        host.stop()
