@@ -109,6 +109,7 @@ def _parser() -> arguments.Parser:
     )
     vmr(diff)
     diff.add_argument("--attempt", nargs=2, type=int, metavar=("A", "B"), help="compare these two attempts")
+    verb("check", _check, "Look for what is wrong, and say what to do about it.", "vmr-agent check")
     verb("start", _start, "Set time zero now: positive times count from here.")
     verb("hold", _hold, "Let nothing new start by schedule (makes .hold in the launch directory).")
     verb("resume", _resume, "End hold.")
@@ -201,6 +202,22 @@ def _diff(args: argparse.Namespace, settings: Settings) -> int:
     from vmr_agent.cli.diff import diff
 
     return diff(guest.name(args.vmr, settings), settings, args.attempt)
+
+
+def _check(args: argparse.Namespace, settings: Settings) -> int:
+    from vmr_agent.guest import doctor
+
+    wrong = 0
+    colours = sys.stdout.isatty()
+    for finding in doctor.examine(settings):
+        line = f"{finding.subject}: {finding.text}"
+        if finding.remedy:
+            wrong += 1
+            mark = "\x1b[1;31mwrong\x1b[m" if colours else "wrong"
+            print(f"{mark}  {line} -> {finding.remedy}", flush=True)
+        else:
+            print(f"ok     {line}", flush=True)
+    return 1 if wrong else 0
 
 
 def _start(args: argparse.Namespace, settings: Settings) -> int:
