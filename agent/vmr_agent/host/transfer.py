@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Callable
 
 from vmr_agent.errors import Problem, show
-from vmr_agent.wire import messages
+from vmr_agent.wire import framing, messages
 
 Answer = Callable[[Mapping[str, Any], bytes], None]
 """Tells the command: a row, and the bytes of a file that follow it."""
@@ -70,16 +70,18 @@ class Relay:
 
 def _request(row: Mapping[str, Any], data: bytes) -> messages.Request:
     verb, given = row.get("ask"), row.get("args")
-    if verb not in VERBS or not isinstance(given, dict):
+    if not isinstance(verb, str) or verb not in VERBS or not isinstance(given, dict):
         raise Problem("cannot read the request: no verb about files, or no arguments")
-    args: dict[str, messages.Scalar] = {
-        key: os.fsencode(value) if isinstance(value, str) else value for key, value in given.items()
-    }
-    if verb == "write":
-        args["data"] = data
     try:
+        args: dict[str, messages.Scalar] = {
+            key: os.fsencode(value) if isinstance(value, str) else value for key, value in given.items()
+        }
+        if verb == "write":
+            args["data"] = data
         request = messages.Request(request=bytes.fromhex(str(row.get("id"))), verb=verb, args=args)
-        messages.pack(request, to=bytes(8), n=0)
-    except (ValueError, UnicodeError) as error:
+        size = len(messages.pack(request, to=bytes(8), n=messages.MAX_INT))
+    except ValueError as error:
         raise Problem(f"cannot read the request: {error}") from None
+    if size > framing.MAX_PAYLOAD:
+        raise Problem("cannot read the request: it fits into no frame")
     return request

@@ -1,0 +1,318 @@
+"""The guest's half of a transfer: each verb, and each verb again, as after a lost session."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import select
+import stat
+import threading
+from pathlib import Path
+from typing import Any, Union
+
+import pytest
+
+from vmr_agent.guest.files import Files
+from vmr_agent.wire.messages import PIECE, Reply, Request, pack
+
+
+class Asking:
+    """A `Files` and somebody who waits for its answers."""
+
+    def __init__(self, launch: Path) -> None:
+        self.files = Files(os.fsencode(launch))
+
+    def reply(self, verb: str, request: bytes = b"", **args: Any) -> Reply:
+        asked = Request(request or os.urandom(16), verb, args)
+        reply = self.files.read(asked) if verb == "read" else self.files.do(asked)
+        while reply is None:
+            assert select.select([self.files], [], [], 20.0)[0], f"{verb} is never answered"
+            reply = next((each for each in self.files.take() if each.request == asked.request), None)
+        pack(reply, to=bytes(8), n=0)  # whatever it is, it fits into a frame
+        return reply
+
+    def ask(self, verb: str, **args: Any) -> dict[str, Any]:
+        reply = self.reply(verb, **args)
+        assert reply.ok, reply.error
+        return dict(reply.result)
+
+    def refused(self, verb: str, **args: Any) -> str:
+        reply = self.reply(verb, **args)
+        assert not reply.ok and reply.error and "\n" not in reply.error
+        return reply.error
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Path:
+    path = tmp_path / "launch"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def asking(launch: Path) -> Asking:
+    return Asking(launch)
+
+
+def raw(path: Union[Path, str]) -> bytes:
+    return os.fsencode(path)
+
+
+def sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+# --- out of the VM ---
+
+
+def test_a_relative_path_is_one_in_the_launch_directory(asking: Asking, launch: Path) -> None:
+    (launch / "-4" / "a").mkdir(parents=True)
+    found = asking.ask("stat", path=b"-4/a")
+    assert (found["kind"], found["path"]) == ("directory", raw(launch / "-4" / "a"))
+    assert asking.ask("stat", path=b".")["path"] == raw(launch)
+    assert asking.ask("stat", path=b"-4/nothing")["kind"] == "nothing"
+    assert asking.ask("stat", path=b"/dev/null")["kind"] == "device"
+
+
+def test_read_gives_a_piece_and_says_where_data_are_after_a_hole(asking: Asking, tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.write(b"begin")
+        file.seek(8 << 20)
+        file.write(b"end")
+    piece = asking.ask("read", path=raw(path), offset=0, end=1 << 30)
+    assert piece["at"] == 0 and piece["data"][:5] == b"begin" and len(piece["data"]) == PIECE
+    hole = asking.ask("read", path=raw(path), offset=4 << 20, end=(4 << 20) + PIECE)
+    assert hole == {"at": 8 << 20, "data": b""}
+    assert asking.ask("read", path=raw(path), offset=(8 << 20) + 1, end=1 << 30)["data"] == b"nd"
+    past = asking.ask("read", path=raw(path), offset=1 << 29, end=1 << 30)
+    assert past == {"at": (8 << 20) + 3, "data": b""}
+    assert asking.ask("digest", path=raw(path))["sha256"] == sha256(path.read_bytes())
+
+
+def test_a_file_that_changed_is_not_the_one_meant(asking: Asking, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    meant = asking.ask("stat", path=raw(path))["id"]
+    assert asking.ask("read", path=raw(path), id=meant, offset=0, end=9)["data"] == b"one"
+    with path.open("ab") as file:
+        file.write(b"more")
+    assert "has changed meanwhile" in asking.refused("read", path=raw(path), id=meant, offset=0, end=9)
+    assert "has changed meanwhile" in asking.refused("digest", path=raw(path), id=meant)
+    path.unlink()
+    assert "No such file" in asking.refused("read", path=raw(path), id=meant, offset=0, end=9)
+
+
+def test_what_is_no_file_is_named_and_never_waited_for(asking: Asking, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "named pipe"), (tmp_path, "directory"), ("/dev/zero", "device")):
+        assert f"is a {kind}, not a file" in asking.refused("read", path=raw(path), offset=0, end=9)
+        assert f"is a {kind}, not a file" in asking.refused("digest", path=raw(path))
+
+
+def test_the_kernels_files_say_no_size_and_are_read_all_the_same(asking: Asking) -> None:
+    assert asking.ask("stat", path=b"/proc/version")["size"] == 0
+    found = asking.ask("read", path=b"/proc/version", offset=0, end=PIECE)["data"]
+    assert found == Path("/proc/version").read_bytes()
+
+
+def test_a_list_comes_in_pages_and_names_are_any_bytes(asking: Asking, tmp_path: Path) -> None:
+    names = {b'\xff\n"odd"', b"-4", b"...", "é".encode(), *(b"n" * 200 + b"%d" % n for n in range(400))}
+    for name in names:
+        Path(os.fsdecode(raw(tmp_path) + b"/" + name)).touch()
+    os.symlink(b"/no/\xfe", raw(tmp_path / "link"))
+    found: dict[bytes, dict[str, Any]] = {}
+    after, more, pages = b"", True, 0
+    while more:
+        page = asking.ask("list", path=raw(tmp_path), after=after)
+        rows = [json.loads(line) for line in page["data"].splitlines()]
+        found.update({os.fsencode(row["name"]): row for row in rows})
+        after, more, pages = os.fsencode(rows[-1]["name"]), page["more"], pages + 1
+    assert set(found) == names | {b"link", b"launch"} and pages > 1
+    assert os.fsencode(found[b"link"]["target"]) == b"/no/\xfe"
+    assert (found[b"launch"]["kind"], found[b"-4"]["kind"]) == ("directory", "file")
+
+
+# --- into the VM ---
+
+
+def send(asking: Asking, path: Path, data: bytes, **other: Any) -> None:
+    part = raw(path.with_name(".x.part"))
+    asking.ask("write", path=part, offset=0, data=data)
+    args = {"size": len(data), "mode": 0o640, "mtime": 1_000_000_007, "sha256": sha256(data), **other}
+    asking.ask("place", path=raw(path), part=part, **args)
+
+
+def test_a_file_gets_its_name_when_it_is_whole(asking: Asking, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    send(asking, path, b"new")
+    assert path.read_bytes() == b"new"
+    status = path.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_mtime_ns) == (0o640, 1_000_000_007)
+    assert sorted(os.listdir(tmp_path)) == ["file", "launch"]
+
+
+def test_what_arrived_wrong_leaves_the_old_one_and_nothing_else(asking: Asking, tmp_path: Path) -> None:
+    path, part = tmp_path / "file", raw(tmp_path / ".x.part")
+    path.write_bytes(b"old")
+    asking.ask("write", path=part, offset=0, data=b"new")
+    args = {"size": 3, "mode": 0o644, "mtime": 0, "sha256": sha256(b"other")}
+    assert "the digests differ" in asking.refused("place", path=raw(path), part=part, **args)
+    assert path.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["file", "launch"]
+
+
+def test_writes_and_place_repeated_change_nothing(asking: Asking, tmp_path: Path) -> None:
+    """The answers of a whole session were lost: its last requests come again, some after the file has its name."""
+    path, part = tmp_path / "file", raw(tmp_path / ".x.part")
+    data = b"a" * PIECE + b"b"
+    asks: list[tuple[str, dict[str, Any]]] = [
+        ("write", {"path": part, "offset": 0, "data": data[:PIECE]}),
+        ("write", {"path": part, "offset": PIECE, "data": data[PIECE:]}),
+        (
+            "place",
+            {
+                "path": raw(path),
+                "part": part,
+                "size": len(data),
+                "mode": 0o644,
+                "mtime": 5,
+                "sha256": sha256(data),
+            },
+        ),
+    ]
+    for first in range(len(asks)):
+        for verb, args in asks + asks[first:]:
+            asking.ask(verb, **args)
+        assert path.read_bytes() == data and sorted(os.listdir(tmp_path)) == ["file", "launch"]
+        path.unlink()
+
+
+def test_nothing_is_written_through_a_link_or_into_a_device(asking: Asking, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"safe")
+    (tmp_path / ".x.part").symlink_to("victim")
+    asking.refused("write", path=raw(tmp_path / ".x.part"), offset=0, data=b"bad")
+    assert (tmp_path / "victim").read_bytes() == b"safe"
+    os.mkfifo(tmp_path / ".y.part")
+    asking.refused("write", path=raw(tmp_path / ".y.part"), offset=0, data=b"bad")
+
+
+def test_a_tree_is_made_and_named_also_when_asked_twice(asking: Asking, tmp_path: Path) -> None:
+    part, path = tmp_path / ".t.part", tmp_path / "tree"
+    for _ in range(2):
+        asking.ask("mkdir", path=raw(part))
+        asking.ask("mkdir", path=raw(part / "d"))
+        asking.ask("link", path=raw(part / "l"), target=b"/etc")
+        top = asking.ask("mkdir", path=raw(part), mode=0o750, mtime=7_000_000_000)
+    asking.refused("link", path=raw(part / "l"), target=b"/other")
+    for _ in range(2):
+        asking.ask("rename", path=raw(path), part=raw(part), id=top["id"])
+    assert sorted(os.listdir(path)) == ["d", "l"] and (path / "l").readlink() == Path("/etc")
+    status = path.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_mtime_ns) == (0o750, 7_000_000_000)
+
+
+def test_a_tree_replaces_no_tree(asking: Asking, tmp_path: Path) -> None:
+    (tmp_path / "tree" / "precious").mkdir(parents=True)
+    made = asking.ask("mkdir", path=raw(tmp_path / ".t.part"))
+    asking.refused("rename", path=raw(tmp_path / "tree"), part=raw(tmp_path / ".t.part"), id=made["id"])
+    assert (tmp_path / "tree" / "precious").is_dir()
+
+
+def test_only_half_transfers_are_removed(asking: Asking, tmp_path: Path) -> None:
+    (tmp_path / ".t.part" / "d").mkdir(parents=True)
+    (tmp_path / ".f.part").touch()
+    (tmp_path / ".keep").touch()
+    for name in (".t.part", ".f.part", ".f.part"):
+        asking.ask("remove", path=raw(tmp_path / name))
+    asking.refused("remove", path=raw(tmp_path / ".keep"))
+    asking.refused("remove", path=raw(tmp_path / "launch"))
+    assert sorted(os.listdir(tmp_path)) == [".keep", "launch"]
+
+
+# --- staging ---
+
+
+def prepare(launch: Path, *vmrs: str) -> bytes:
+    part = launch / ".stage.part"
+    for vmr in vmrs:
+        (part / vmr).mkdir(parents=True)
+        (part / vmr / "call_arguments.sh").touch(0o755)
+    return raw(part)
+
+
+def test_staging_moves_every_vmr_and_asked_twice_none(asking: Asking, launch: Path) -> None:
+    (launch / "-4" / "there").mkdir(parents=True)
+    part = prepare(launch, "-4/a", "-10/b", "5.5/c")
+    assert asking.ask("stage", path=part)["staged"] == 3
+    assert asking.ask("stage", path=part)["staged"] == 0
+    found = sorted(os.fspath(path.relative_to(launch)) for path in launch.glob("*/*"))
+    assert found == ["-10/b", "-4/a", "-4/there", "5.5/c"]
+    assert not (launch / ".stage.part").exists()
+
+
+def test_staging_is_all_or_nothing(asking: Asking, launch: Path) -> None:
+    (launch / "5" / "c").mkdir(parents=True)
+    part = prepare(launch, "-4/a", "5/c")
+    assert "5/c: is staged already" in asking.refused("stage", path=part)
+    assert not (launch / "-4").exists()
+    (launch / "5" / "c").rmdir()
+    prepare(launch, "04/a")
+    assert "no VMR's name" in asking.refused("stage", path=part)
+    assert not (launch / "-4").exists()
+
+
+# --- requests ---
+
+
+def test_a_slow_request_that_is_repeated_meanwhile_is_done_once(asking: Asking, tmp_path: Path) -> None:
+    gate = threading.Event()
+    done: list[object] = []
+
+    def slow(args: object) -> dict[str, Any]:
+        gate.wait(20)
+        done.append(args)
+        return {}
+
+    asking.files._slow = {**asking.files._slow, "sync": slow}
+    request = Request(b"r" * 16, "sync", {})
+    assert asking.files.do(request) is None and asking.files.do(request) is None
+    gate.set()
+    assert asking.reply("sync").ok
+    assert len(done) == 2  # that one, and the one asked last
+
+
+def test_many_slow_requests_are_all_answered(asking: Asking, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    waiting = {bytes([n]) * 16 for n in range(200)}
+    for request in waiting:
+        assert asking.files.do(Request(request, "digest", {"path": raw(tmp_path / "file")})) is None
+    while waiting:
+        assert select.select([asking.files], [], [], 20.0)[0]
+        waiting -= {reply.request for reply in asking.files.take()}
+
+
+@pytest.mark.parametrize(
+    "verb", ["stat", "read", "write", "place", "list", "mkdir", "link", "stage", "remove"]
+)
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"path": 5},
+        {"path": b"a\0b", "offset": 0, "end": 1, "after": b"", "target": b"x", "data": b""},
+        {"path": b"x", "offset": -1, "end": "1", "data": None, "after": 0, "target": 1, "part": b"x"},
+        {
+            "path": b"x" * 300,
+            "offset": 2**63 - 1,
+            "end": 2**63 - 1,
+            "data": b"x",
+            "after": b"",
+            "target": b"",
+        },
+    ],
+)
+def test_no_odd_request_is_more_than_an_error(asking: Asking, verb: str, args: dict[str, Any]) -> None:
+    reply = asking.reply(verb, **args)
+    assert reply.ok == (not reply.error)

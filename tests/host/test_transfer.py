@@ -1,0 +1,371 @@
+"""`pull` against a VM that lies: a real collector, the real verb, and a guest that says whatever the test wants."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import pytest
+
+from vmr_agent.errors import Problem
+from vmr_agent.host.transfer import Relay
+from vmr_agent.wire import messages
+from vmr_agent.wire.session import PROTOCOL, Role, Session
+
+AGENT = Path(__file__).resolve().parents[2] / "agent"
+LIMIT = 20.0  # s; for whatever must happen
+
+Say = Callable[[str, Mapping[str, Any]], dict[str, Any]]
+"""What a guest answers to a request; Problem: why not."""
+
+
+class Liar:
+    """A guest over a real socket, in a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.say: Say = lambda verb, args: {}
+        self._session = Session(
+            Role.GUEST,
+            introduce=lambda own, peer: messages.Hello(
+                id=own,
+                peer=peer,
+                role="guest",
+                protocol=PROTOCOL,
+                version="1",
+                wall=time.time_ns(),
+                spool=b"s" * 16,
+                boot="b",
+                boottime=time.monotonic_ns(),
+            ),
+            beat=lambda: messages.Heartbeat(wall=time.time_ns()),
+            make_id=lambda: os.urandom(8),
+        )
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._sock.connect(os.fspath(path))
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        self._session.connect(time.monotonic())
+        while True:
+            for frame in self._session.take():
+                self._sock.sendall(frame)
+            try:
+                data = self._sock.recv(1 << 18)
+            except OSError:
+                return
+            if not data:
+                return
+            for event in self._session.receive(data, time.monotonic()):
+                if isinstance(event, messages.Request):
+                    try:
+                        error, result = "", self.say(event.verb, event.args)
+                    except Problem as problem:
+                        error, result = str(problem), {}
+                    self._sock.sendall(
+                        self._session.frame(messages.Reply(event.request, not error, error, result))
+                    )
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class Host:
+    """A collector for one VM, and the verbs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sockets = Path(
+            tempfile.mkdtemp(prefix="vmr-")
+        )  # a socket's path has 107 bytes, pytest's are longer
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(AGENT),
+            "VMR_HOST_CONTROL": str(self.sockets / "control"),
+        }
+        self.collector = self.start(
+            *("collect", "--log-dir", str(path / "logs"), "--listen", f"evil={self.sockets / 'port'}")
+        )
+        deadline = time.monotonic() + LIMIT
+        while not (self.sockets / "control").exists() or not (self.sockets / "port").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "vmr_agent.cli.host", *arguments],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def pull(self, source: str, target: Path) -> tuple[int, str]:
+        process = self.start("pull", source, "evil", str(target))
+        out, err = process.communicate(timeout=LIMIT)
+        return process.returncode, (out + err).decode()
+
+    def close(self) -> None:
+        self.collector.send_signal(signal.SIGTERM)
+        self.collector.communicate(timeout=LIMIT)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    host = Host(tmp_path_factory.mktemp("host"))
+    yield host
+    host.close()
+
+
+@pytest.fixture(scope="module")
+def only(host: Host) -> Iterator[Liar]:
+    liar = Liar(host.sockets / "port")
+    yield liar
+    liar.close()
+
+
+@pytest.fixture
+def liar(only: Liar, host: Host, tmp_path: Path) -> Liar:
+    deadline = time.monotonic() + LIMIT
+    only.say = lambda verb, args: file_facts(0)
+    while "offline" in host.pull("x", tmp_path / "ready")[1]:
+        assert time.monotonic() < deadline
+    (tmp_path / "ready").unlink(missing_ok=True)
+    return only
+
+
+def file_facts(size: int, **other: Any) -> dict[str, Any]:
+    facts = {"path": b"/x", "kind": "file", "size": size, "mode": 0o644, "mtime": 1, "id": b"i"}
+    return {**facts, **other}
+
+
+def a_file(content: bytes, **other: Any) -> Say:
+    def say(verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        if verb == "digest":
+            return {"sha256": hashlib.sha256(content).digest()}
+        if verb == "read":
+            start = args["offset"]
+            return {"at": start, "data": content[start : args["end"]]}
+        return file_facts(len(content), **other)
+
+    return say
+
+
+def a_tree(*rows: Mapping[str, Any], content: bytes = b"", more: bool = False) -> Say:
+    file = a_file(content)
+
+    def say(verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        if verb == "list":
+            if args["path"] != b"/x/":
+                return {"data": b"", "more": False}
+            lines = [json.dumps({**entry(len(content)), **row}) + "\n" for row in rows]
+            return {"data": "".join(lines).encode(), "more": more}
+        if verb == "stat":
+            return {"path": b"/x", "kind": "directory", "size": 0, "mode": 0o755, "mtime": 1, "id": b"i"}
+        return file(verb, args)
+
+    return say
+
+
+def entry(size: int) -> dict[str, Any]:
+    return {"kind": "file", "size": size, "mode": 0o644, "mtime": 1, "id": "i"}
+
+
+def all_there(path: Path) -> list[str]:
+    return sorted(os.fspath(each.relative_to(path)) for each in path.rglob("*"))
+
+
+def test_an_honest_file_comes_without_set_uid(host: Host, liar: Liar, tmp_path: Path) -> None:
+    liar.say = a_file(b"#!/bin/sh\n", mode=0o6755)
+    code, said = host.pull("x", tmp_path)
+    assert code == 0, said
+    assert (tmp_path / "x").read_bytes() == b"#!/bin/sh\n"
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..", ".", "", "a/b", "/etc/passwd", "../outside", "a\0b", "n" * 256, 5, None, "\ud800", ["x"]],
+)
+def test_a_name_that_leads_elsewhere_is_refused(host: Host, liar: Liar, tmp_path: Path, name: Any) -> None:
+    liar.say = a_tree({"name": name}, content=b"bad")
+    code, said = host.pull("x", tmp_path / "inside")
+    assert code == 1 and said.count("\n") == 1 and "says what can't be" in said
+    assert all_there(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"name": "a", "kind": "link", "target": ".."}, {"name": "a", "kind": "directory"}],
+        [{"name": "a", "kind": "directory"}, {"name": "a", "kind": "link", "target": "/tmp"}],
+        [{"name": "b"}, {"name": "a"}],
+        [{"name": "a"}, {"name": "a"}],
+        [{"name": "a", "size": -1}],
+        [{"name": "a", "size": 2**63}],
+        [{"name": "a", "size": "1"}],
+        [{"name": "a", "mode": -1}],
+        [{"name": "a", "mtime": 1e300}],
+        [{"name": "a", "kind": "link"}],
+        [{"name": "a", "kind": "link", "target": "a\0b"}],
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(
+    host: Host, liar: Liar, tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    liar.say = a_tree(*rows)
+    code, said = host.pull("x", tmp_path / "inside")
+    assert code == 1 and said.count("\n") == 1, said
+    assert all_there(tmp_path) == []
+
+
+def test_links_are_made_as_they_are_and_nothing_follows_them(host: Host, liar: Liar, tmp_path: Path) -> None:
+    """A link that leads out of the destination, and one whose target is the destination's own name."""
+    (tmp_path / "outside").mkdir()
+    rows = [
+        {"name": "a", "kind": "link", "target": os.fspath(tmp_path / "outside")},
+        {"name": "b", "kind": "directory"},
+        {"name": "c"},
+        {"name": "d", "kind": "link", "target": os.fspath(tmp_path / "elsewhere")},
+    ]
+    liar.say = a_tree(*rows, content=b"c")
+    code, said = host.pull("x", tmp_path / "inside")
+    assert code == 0, said
+    assert all_there(tmp_path) == ["inside", *(f"inside/{name}" for name in "abcd"), "outside"]
+    assert (tmp_path / "inside" / "a").readlink() == tmp_path / "outside"
+
+
+@pytest.mark.parametrize("endless", ["same page", "empty pages", "directories in directories"])
+def test_a_tree_without_end_has_one_here(host: Host, liar: Liar, tmp_path: Path, endless: str) -> None:
+    if endless == "same page":
+        liar.say = a_tree({"name": "a"}, more=True)
+    elif endless == "empty pages":
+        liar.say = a_tree(more=True)
+    else:
+
+        def say(verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+            if verb != "list":
+                return file_facts(0, kind="directory")
+            row = {**entry(0), "name": "d" * 200, "kind": "directory"}
+            return {"data": json.dumps(row).encode(), "more": False}
+
+        liar.say = say
+    code, said = host.pull("x", tmp_path / "inside")
+    assert code == 1 and said.count("\n") == 1, said
+    assert all_there(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "result"),
+    [
+        ("read", {"at": 0, "data": b"x" * 20}),
+        ("read", {"at": 5, "data": b"x" * 10}),
+        ("read", {"at": 0, "data": b""}),
+        ("read", {"at": -1, "data": b"x" * 10}),
+        ("read", {"at": 2**62, "data": b"x" * 10}),
+        ("read", {"data": b"x" * 10}),
+        ("read", {}),
+        ("digest", {"sha256": b"wrong"}),
+        ("digest", {"sha256": None}),
+        ("digest", {}),
+        ("stat", {"kind": "file"}),
+        ("stat", {"kind": "\x1b[31m", "path": b"\x1b[31m"}),
+        ("stat", {"kind": None, "path": b"x"}),
+        ("stat", {"kind": "file", "path": b"x", "size": True, "mode": 0, "mtime": 0, "id": b""}),
+    ],
+)
+def test_what_a_file_cannot_be_is_refused(
+    host: Host, liar: Liar, tmp_path: Path, verb: str, result: dict[str, Any]
+) -> None:
+    honest = a_file(b"x" * 10)
+    liar.say = lambda asked, args: result if asked == verb else honest(asked, args)
+    (tmp_path / "x").write_bytes(b"the old one")
+    code, said = host.pull("x", tmp_path)
+    assert code == 1 and said.count("\n") == 1 and "\x1b" not in said, said
+    assert (tmp_path / "x").read_bytes() == b"the old one"
+    assert all_there(tmp_path) == ["x"]
+
+
+def test_an_error_of_the_vms_is_shown_without_its_escapes(host: Host, liar: Liar, tmp_path: Path) -> None:
+    def say(verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        raise Problem("/x: \x1b[2J gone\nvmr-host: all is well")
+
+    liar.say = say
+    code, said = host.pull("x", tmp_path)
+    assert code == 1 and said.count("\n") == 1 and "\x1b" not in said
+
+
+# --- the relay ---
+
+
+def row(**other: Any) -> dict[str, Any]:
+    return {"id": "ab" * 16, "ask": "stat", "args": {"path": "/x"}, **other}
+
+
+def test_a_request_goes_out_and_its_reply_comes_back() -> None:
+    sent: list[messages.Message] = []
+    heard: list[tuple[Mapping[str, Any], bytes]] = []
+    relay = Relay(lambda message: sent.append(message) or True)  # type: ignore[func-returns-value]
+    relay.ask(
+        row(ask="write", args={"path": "/\udcff", "offset": 3}), b"data", lambda *each: heard.append(each), ""
+    )
+    request = bytes.fromhex("ab" * 16)
+    assert sent == [messages.Request(request, "write", {"path": b"/\xff", "offset": 3, "data": b"data"})]
+    reply = messages.Reply(request, True, "", {"path": b"\xfe", "n": 1, "data": b"raw"})
+    assert relay.take(reply) and not relay.take(reply)
+    assert heard == [
+        ({"id": "ab" * 16, "ok": True, "error": "", "result": {"path": "\udcfe", "n": 1}}, b"raw")
+    ]
+
+
+@pytest.mark.parametrize("when", ["offline", "ended"])
+def test_what_cannot_be_answered_is_to_be_asked_again(when: str) -> None:
+    heard: list[Mapping[str, Any]] = []
+    relay = Relay(lambda message: when == "ended")
+    relay.ask(row(), b"", lambda told, data: heard.append(told), "it is offline")
+    relay.ended("it is offline")
+    relay.ended("again")
+    assert heard == [{"id": "ab" * 16, "ok": False, "again": True, "error": "it is offline"}]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"ask": "rerun"},
+        {"ask": None},
+        {"ask": ["stat"]},
+        {"args": None},
+        {"args": {"path": ["x"]}},
+        {"args": {"path": 1.5}},
+        {"args": {"path": "\ud800"}},
+        {"args": {"n": 2**70}},
+        {"id": "zz"},
+        {"id": "ab"},
+        {"id": None},
+    ],
+)
+def test_an_odd_request_of_a_client_is_a_problem_and_nothing_is_sent(odd: dict[str, Any]) -> None:
+    sent: list[messages.Message] = []
+    relay = Relay(lambda message: sent.append(message) or True)  # type: ignore[func-returns-value]
+    with pytest.raises(Problem):
+        relay.ask(row(**odd), b"", lambda *each: None, "")
+    assert not sent
+
+
+def test_a_request_too_large_for_a_frame_is_a_problem() -> None:
+    sent: list[Optional[messages.Message]] = []
+    relay = Relay(lambda message: sent.append(message) or True)  # type: ignore[func-returns-value]
+    with pytest.raises(Problem):
+        relay.ask(row(ask="write", args={"path": "x" * 20_000}), bytes(31 * 1024), lambda *each: None, "")
+    assert not sent
