@@ -47,6 +47,7 @@ _STRANGER = 10.0  # s; a port that talks for so long and says no Hello leads to 
 _SAID_AGAIN = 60.0  # s; what keeps going wrong is said so often
 _FAR = 10**18  # ns; a time zero that is further away than this overflows on the wire
 _ROOM = 1.0  # s; a port that was full is tried again, for kernels 5.15 to 6.1 can lose the wake-up
+_QUEUED = 20_000  # messages to the host; more is a host that asks and doesn't read, which then isn't heard
 _BURST = 64  # frames written, and reads taken, before the loop looks at the rest
 _REBOOT_S = 300.0  # a reboot command that has not rebooted by then has failed
 _PR_SET_CHILD_SUBREAPER = 36
@@ -568,6 +569,9 @@ class Daemon:
             self._port_since, self._garbage_before = now, self._session.counts["garbage"]
         # Reads also tell that the host has left. A port that is UP is read each turn: its edges are not counted.
         for _ in range(_BURST):
+            if self._shipper.queued() > _QUEUED:
+                self._more = not self._blocked
+                break
             data = self._port.read() if self._port.state is PortState.UP else b""
             if not data:
                 break
@@ -600,7 +604,10 @@ class Daemon:
             self._log(f"port {self._settings.port}: {said or 'up'}")
 
     def _take(self, events: list[Any]) -> None:
+        session = self._session.id
         for event in events:
+            if self._session.id != session:
+                return  # one of them ended the session, by us: the others are of one that is over
             try:
                 self._heed(event)
             except OSError as error:
@@ -666,7 +673,7 @@ class Daemon:
                 self._diverge(str(args.get("reason", "the host saw it")))
                 return  # the session is another one: nobody waits for a reply in it
             else:
-                raise Problem(f"cannot do {request.verb!r}: this vmr-agent doesn't know it")
+                raise Problem(f"cannot do {request.verb[:40]!r}: this vmr-agent doesn't know it")
         except Problem as problem:
             ok, error = False, str(problem)
         except OSError as failed:

@@ -46,7 +46,7 @@ class Port:
         self._socket: Optional[socket.socket] = None
         self._wants_room = False
         self._retry = RETRY_FIRST
-        self._next = 0.0
+        self._next = self._looked = 0.0
         self._ask_again = 0.0
         # With the host away the port polls IN and HUP for ever: a level-triggered loop would spin. So the port is
         # watched edge-triggered in an epoll of its own, whose descriptor the daemon's loop watches.
@@ -71,20 +71,19 @@ class Port:
 
     def look(self, now: float) -> PortState:
         """Open the port if it is due, and see whether the host is there."""
+        self._looked = now
         if self.state is PortState.MISSING:
             if now < self._next:
                 return self.state
             try:
                 self._open()
-                self._retry, self._ask_again = RETRY_FIRST, now
+                self._ask_again = now
             except OSError as error:
                 busy = error.errno == errno.EBUSY
                 if not busy or now >= self._ask_again:
                     self.reason = self._explain(error)
                     self._ask_again = now + ASK_AGAIN if busy else now
                 self._drop(self.reason)
-                self._next = now + self._retry
-                self._retry = min(self._retry * 2, RETRY_LAST)
                 return self.state
         else:
             self._edges.poll(0)
@@ -100,7 +99,9 @@ class Port:
         except OSError as error:
             self._drop(self._explain(error))
             return b""
-        if not data:
+        if data:
+            self._retry = RETRY_FIRST  # not already when it opens: a host may hang up at once, each time
+        else:
             if self._socket is not None:
                 self._drop("the host closed the socket")
             else:
@@ -179,6 +180,8 @@ class Port:
 
     def _drop(self, reason: str) -> None:
         self.state, self.reason = PortState.MISSING, reason
+        self._next = self._looked + self._retry
+        self._retry = min(self._retry * 2, RETRY_LAST)
         if self._fd < 0:
             return
         try:
@@ -190,7 +193,6 @@ class Port:
         else:
             os.close(self._fd)
         self._fd, self._socket = -1, None
-        self._next = 0.0
 
     def _explain(self, error: OSError) -> str:
         if error.errno == errno.EBUSY:

@@ -88,6 +88,10 @@ class Shipper:
         """Queue a message as large as output, made when its turn comes: one frame of output, one of these."""
         self._pieces.append(make)
 
+    def queued(self) -> int:
+        """Control messages that wait to be sent."""
+        return len(self._control)
+
     def acked(self, run: RunId) -> Optional[tuple[RunState, int, int]]:
         """(state, stdout, stderr) the host is known to hold of a run; None for one that is delivered whole."""
         delivery = self._deliveries.get(run)
