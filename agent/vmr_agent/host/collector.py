@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 import selectors
+import shlex
 import signal
 import socket
 import sys
@@ -305,6 +306,9 @@ class Guest:
             # Cut, for what every VM may make us keep is bounded.
             kept = dataclasses.replace(row, state=row.state[:32], reason=row.reason[:500])
             rows = self.rows if self._first_round is None else self._first_round
+            if row.changed and self._first_round is None and rows.get(row.vmr) != kept:
+                name = show(row.vmr)
+                say(f"{self.vm}: {name} changed since staging: vmr-host pull {shlex.quote(name)} {self.vm} .")
             rows[row.vmr] = kept
         if len(self.rows) > MAX_ROWS or len(self._first_round or ()) > MAX_ROWS:
             raise BadGuest(f"more than {MAX_ROWS:,} VMRs")
