@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Optional
 
@@ -202,9 +203,10 @@ def _watch(settings: Settings, edits: _Edits) -> int:
             except Problem as problem:  # it may come back
                 rows, foot = [], [f"{guest.PROGRAM}: {problem}"]
             size = shutil.get_terminal_size()
-            lines = [*_window(rows, size.lines - len(foot) - 1), "", *foot]
+            foot = _fitted(foot, size.columns)
+            lines = [*_window(rows, size.lines - len(foot) - 1, size.columns), "", *foot]
             # Written over what is there, line by line: a screen that is cleared first flickers.
-            text = "".join(line[: size.columns] + "\x1b[K\n" for line in lines)
+            text = "".join(line + "\x1b[K\n" for line in lines)
             sys.stdout.write("\x1b[H" + text.rstrip("\n") + "\x1b[J")
             sys.stdout.flush()
             # On a slow VM with many VMRs looking takes a while: no more than a fifth of the time goes into it.
@@ -214,9 +216,15 @@ def _watch(settings: Settings, edits: _Edits) -> int:
         return 0
 
 
-def _window(rows: Sequence[Mapping[str, Any]], room: int) -> list[str]:
+def _fitted(lines: Iterable[str], columns: int) -> list[str]:
+    """The lines, the long ones in several."""
+    return [part for line in lines for part in textwrap.wrap(line, columns, subsequent_indent="    ") or [""]]
+
+
+def _window(rows: Sequence[Mapping[str, Any]], room: int, columns: int) -> list[str]:
     """The head, and as many lines as there is room for, about the first VMR that isn't over."""
     (head,), *blocks = table(rows)
+    head, blocks = head[:columns], [_fitted(block, columns) for block in blocks]
     lines = [line for block in blocks for line in block]
     room = max(room - 1, 2)
     if len(lines) <= room:
