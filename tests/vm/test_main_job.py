@@ -62,14 +62,15 @@ threading.Event().wait()
 """
 
 
+def _execute(vm: Vm, path: str, *arguments: str) -> None:
+    pid = vm.qga("guest-exec", path=path, arg=list(arguments))["pid"]
+    while not (status := vm.qga("guest-exec-status", pid=pid))["exited"]:
+        pass
+    assert status["exitcode"] == 0
+
+
 def _firewheel_stages(vm: Vm, vmr: str, command: str, files: dict[str, bytes]) -> None:
     """By the guest agent's own commands, in FIREWHEEL's order: data, what is executable, the script, its x bit."""
-
-    def execute(path: str, *arguments: str) -> None:
-        pid = vm.qga("guest-exec", path=path, arg=list(arguments))["pid"]
-        while not (status := vm.qga("guest-exec-status", pid=pid))["exited"]:
-            time.sleep(0.01)
-        assert status["exitcode"] == 0
 
     def write(path: str, content: bytes) -> None:
         handle = vm.qga("guest-file-open", path=path, mode="w")
@@ -79,14 +80,14 @@ def _firewheel_stages(vm: Vm, vmr: str, command: str, files: dict[str, bytes]) -
         vm.qga("guest-file-close", handle=handle)
 
     where = f"{LAUNCH}/{vmr}"
-    execute("/bin/mkdir", "-p", where)
+    _execute(vm, "/bin/mkdir", "-p", where)
     for name, content in files.items():
         write(f"{where}/{name}", content)
         if content.startswith(b"#!"):
-            execute("/bin/chmod", "+x", f"{where}/{name}")
+            _execute(vm, "/bin/chmod", "+x", f"{where}/{name}")
     script = f'#!/bin/bash\nCURRENT_DIR="$(dirname "$0")"\ncd {where}\n{command}'
     write(f"{where}/call_arguments.sh", script.encode())
-    execute("/bin/chmod", "+x", f"{where}/call_arguments.sh")
+    _execute(vm, "/bin/chmod", "+x", f"{where}/call_arguments.sh")
 
 
 def test_the_tutorials_story(world: VmWorld) -> None:
@@ -248,7 +249,7 @@ def test_the_port_is_busy_and_the_host_away(world: VmWorld) -> None:
     world.wait(lambda: world.guest_row("-1/a").get("state") == "exited", "it runs while the port is busy")
     assert f"sleep ({holder}) has it open" in world.guest_status()["port_reason"]
     assert f"sleep ({holder})".encode() in vm.check("vmr-agent status")
-    busy = world.guest_cpu(8)
+    busy = world.guest_cpu(5)
     vm.check(f"kill {holder}")
     world.wait(lambda: world.guest_status()["port_state"] == "away", "the port is open, the host away")
     away = world.guest_cpu(20)
@@ -352,3 +353,186 @@ def test_a_power_cut_in_mid_run(vm_image: Path, tmp_path: Path, make_world: Call
         world.stop(world.collector)
         world.start_collector()
         _check_lost(world)
+
+
+# --- what a script inherits ----------------------------------------------------------------------------------
+
+_SEEN = """\
+#!/bin/bash
+ulimit -Sa
+ulimit -Ha
+umask
+nice
+chrt -p $$ | sed 's/.*: //'
+ionice -p $$
+grep -E '^(Uid|Gid|Umask|SigBlk|SigIgn|SigCgt|Cap|NoNewPrivs|Seccomp|Spec|Cpus|Mems|THP)' /proc/self/status
+grep . /proc/self/{oom_score_adj,coredump_filter,personality,timerslack_ns}
+readlink /proc/self/root /proc/self/ns/*
+"""
+_OWN = """
+exec > /root/own
+pwd
+readlink /proc/$$/fd/0
+[ $(cut -d' ' -f6 /proc/$$/stat) = $$ ] && echo a session of its own
+python3 -ISc 'import os
+print(*sorted(fd for fd in os.listdir("/proc/self/fd") if os.path.lexists("/proc/self/fd/" + fd)))'
+python3 -ISc 'import os; print(*sorted(os.environ), os.environ["PATH"])'
+"""
+
+
+def test_a_script_inherits_what_a_root_login_has(world: VmWorld) -> None:
+    """Nothing of the daemon's, or of systemd's services: FIREWHEEL's scripts were written for a login."""
+    vm = world.vm
+    script = _SEEN + _OWN
+    vm.put({"/root/seen": _SEEN.encode(), f"{LAUNCH}/-1/seen/call_arguments.sh": script.encode()})
+    vm.check(
+        'script -qec "login -f root" /dev/null <<< "/root/seen > /root/login; echo $PATH > /root/path; exit"'
+    )
+    world.start_collector()
+    vm.check("systemctl start vmr-agent")
+    assert world.complete("-1/seen")["exit_code"] == 0
+    login = vm.check("cat /root/login").decode().splitlines()
+    assert len(login) > 60
+    assert world.raw("-1/seen").decode().splitlines() == login
+    cwd, stdin, session, descriptors, environment = vm.check("cat /root/own").decode().splitlines()
+    assert (cwd, stdin, session) == ("/", "/dev/null", "a session of its own")
+    assert descriptors == "0 1 2"
+    names = {"PATH", "LANG", "HOME", "VMR_NAME", "VMR_ATTEMPT", "VMR_START_TIME", "PWD", "SHLVL", "_"}
+    *found, path = environment.split()
+    assert set(found) <= names and {"PATH", "LANG", "HOME"} <= set(found)
+    assert path.encode() == vm.check("cat /root/path").strip()
+
+
+# --- time travel ---------------------------------------------------------------------------------------------
+
+
+def test_a_vm_set_back_in_time_begins_a_new_life(world: VmWorld) -> None:
+    """What the host got before the VM was restored is kept beside what it gets afterwards, under equal labels."""
+    vm = world.vm
+    world.start_collector()
+    vm.check("echo one > /root/word")
+    world.guest_stage("-3/word", "cat /root/word")
+    world.guest_stage("-2/live", "until [ -e /root/enough ]; do date +%N; sleep 0.05; done")
+    vm.check("systemctl start vmr-agent")
+    assert world.complete("-3/word")["exit_code"] == 0
+    world.wait(lambda: len(world.raw("-2/live")) > 100, "output of the run")
+    start = time.monotonic()
+    vm.save("here")
+    saved = time.monotonic()
+    vm.check("echo before > /root/word; vmr-agent rerun -3/word")
+    assert world.complete("-3/word", 2)["exit_code"] == 0
+    world.more("-2/live")
+    restoring = time.monotonic()
+    vm.restore("here")
+    print(f"save {saved - start:.1f} s, restore {time.monotonic() - restoring:.1f} s")
+    early = world.logs / "Server~1"
+    world.wait(early.exists, "a new life")
+    assert vm.run("echo after > /root/word; vmr-agent rerun -3/word; touch /root/enough") == (0, b"after\n")
+    assert world.complete("-3/word", 2)["exit_code"] == 0
+    assert world.complete("-2/live")["exit_code"] == 0
+
+    assert (early / "-3/word/2/stdout").read_bytes() == b"before\n"
+    assert world.raw("-3/word", attempt=2) == b"after\n"
+    assert (early / "-3/word/1/stdout").read_bytes() == world.raw("-3/word") == b"one\n"
+    # One run, told twice: the same beginning, then each life's own.
+    old, new = (early / "-2/live/1/stdout").read_bytes(), world.raw("-2/live")
+    assert old[:100] == new[:100] and old != new[: len(old)]
+    assert new == vm.check("vmr-agent logs -2/live")
+    assert not (world.logs / "Server~2").exists()
+    world.wait(lambda: "b'after\\n'" in world.log(), "the second life in Server.log")
+    assert "b'before\\n'" in world.log()
+
+
+# --- measured, not judged ------------------------------------------------------------------------------------
+
+_BENCH = f"""\
+#!/usr/bin/python3
+import os, subprocess, time
+port = os.open("/dev/virtio-ports/{BENCH_PORT}", os.O_RDWR)
+while True:
+    order = os.read(port, 4096)
+    word, _, rest = order.decode().strip().partition(" ")
+    if word == "echo":
+        os.write(port, order)
+    elif word == "print":
+        os.write(1, order)
+    elif word == "x":
+        os.chmod(rest, 0o755)
+    elif word == "run":
+        subprocess.Popen(rest.split())
+    elif word == "end":
+        break
+    else:
+        time.sleep(0.01)
+"""
+
+
+def _soon(holds: Callable[[], Any]) -> float:
+    """Seconds until it holds, looked at closely."""
+    start = time.perf_counter()
+    while not holds():
+        assert time.perf_counter() - start < 60
+        time.sleep(0.0003)
+    return time.perf_counter() - start
+
+
+def _ms(times: list[float]) -> str:
+    ordered = sorted(times)
+    middle, late = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
+    return f"p50 {1000 * middle:.1f} ms, p99 {1000 * late:.1f} ms of {len(ordered)}"
+
+
+@pytest.mark.long
+def test_figures(world: VmWorld) -> None:
+    """Orders go in over the bench port, whose echo is printed beside the rest."""
+    vm = world.vm
+    vm.put({"/root/bench": _BENCH.encode()})
+    vm.check("/root/bench > /dev/null 2>&1 < /dev/null &")
+    with vm.connect(BENCH_PORT) as bench, vm.connect(AGENT_PORT) as raw:
+        bench.sendall(b"echo warm\n")
+        assert bench.recv(100) == b"echo warm\n"
+        start = time.perf_counter()
+        bench.sendall(b"run systemctl start vmr-agent\n")
+        assert raw.recv(1)
+        print(f"\nfirst frame after `systemctl start`: {time.perf_counter() - start:.2f} s")
+        bench.sendall(b"end\n")
+    world.start_collector()
+    world.guest_stage("-1/bench", "exec ./bench", {"bench": _BENCH})
+    trues = [f"-1/true{number}" for number in range(8)]
+    for vmr in trues:
+        vm.put({f"{LAUNCH}/{vmr}/call_arguments.sh": b"/bin/true\n"})  # no x bit without a shebang
+    world.wait(lambda: (world.result("-1/bench") or {}).get("pid"), "the bench runs")
+    raw_file = world.logs / "Server/-1/bench/1/stdout"
+    with vm.connect(BENCH_PORT) as bench:
+        echoes, lines, results = [], [], []
+        for number in range(60):
+            start = time.perf_counter()
+            bench.sendall(b"echo %d\n" % number)
+            bench.recv(100)
+            echoes.append(time.perf_counter() - start)
+            time.sleep(0.03)
+        for number in range(60):
+            size = raw_file.stat().st_size if raw_file.exists() else 0
+            bench.sendall(b"print %d\n" % number)
+            lines.append(_soon(lambda: raw_file.exists() and raw_file.stat().st_size > size))
+            time.sleep(0.05)
+        for vmr in trues:
+            bench.sendall(f"x {LAUNCH}/{vmr}/call_arguments.sh\n".encode())
+            results.append(_soon(lambda: (world.result(vmr) or {}).get("state") == "exited"))
+            time.sleep(0.5)
+        bench.sendall(b"end\n")
+    print(f"an echo over the other port: {_ms(echoes)}\na line in its raw file: {_ms(lines)}")
+    print(f"x bit to result on the host, /bin/true: {_ms(results)}")
+    agent = []
+    for _ in trues:
+        start = time.perf_counter()
+        _execute(vm, "/bin/true")
+        agent.append(time.perf_counter() - start)
+    print(f"the guest agent, polled at once: {_ms(agent)}")
+    pid = world.daemon_pid()
+    rollups = (
+        f"cat /proc/{pid}/smaps_rollup /proc/$(pgrep -P {pid})/smaps_rollup | awk '/^Pss:/ {{ print $2 }}'"
+    )
+    daemon, server = map(int, vm.check(rollups).split())
+    print(f"PSS: daemon {daemon / 1024:.1f} MiB, fork server {server / 1024:.1f} MiB")
+    print(f"idle CPU with a session: {100 * world.guest_cpu(10):.2f} %")
