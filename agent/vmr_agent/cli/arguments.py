@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Callable, NoReturn, Optional
 
-from vmr_agent.errors import Problem
+from vmr_agent.errors import Problem, show
 
 # argparse takes `-4/compress.py` for an option. A token of this form is marked with a character that no argument
 # can hold, and unmarked when it has been parsed.
@@ -54,7 +54,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors in our form: one line, exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: cannot understand that: {message.replace(_MARK, '')}\n")
+        sentence = show(os.fsencode(message.replace(_MARK, "")))  # it quotes what was typed
+        self.exit(2, f"{self.prog}: cannot understand that: {sentence}\n")
 
 
 def parser(program: str, summary: str, example: str) -> Parser:
