@@ -836,6 +836,26 @@ def test_a_run_that_writes_beside_itself_wakes_nobody(live: Live) -> None:
     assert select.select([live.watcher], [], [], 0.5)[0] == []
 
 
+def test_who_observes_a_vmr_hears_of_each_change_in_it(live: Live) -> None:
+    directory = stage(live.root)
+    stage(live.root, "-4/other")
+    live.until(live.is_ready)
+    for name in (b"-4/x", b"-4/other"):
+        live.watcher.done(name)
+    live.watcher.observe([b"-4/x"])
+    live.quiet()
+    live.watcher.take_stirred()
+    (directory / "data").write_bytes(b"edited")
+    live.until(lambda: live.watcher.take_stirred() == {b"-4/x"})
+    (directory / "new").write_bytes(b"edited")
+    (directory / "new").rename(directory / "data")
+    live.until(lambda: live.watcher.take_stirred() == {b"-4/x"})
+    live.watcher.observe([])
+    live.quiet()
+    (directory / "data").write_bytes(b"again")
+    assert select.select([live.watcher], [], [], 0.5)[0] == []
+
+
 def test_removed_and_made_again_at_once(live: Live) -> None:
     """How people stage anew. The inode is often the same, and no scan need have seen it missing."""
     directory = stage(live.root)
