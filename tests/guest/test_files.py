@@ -139,7 +139,7 @@ def test_a_list_comes_in_pages_and_names_are_any_bytes(asking: Asking, tmp_path:
 
 def send(asking: Asking, path: Path, data: bytes, **other: Any) -> None:
     part = raw(path.with_name(".x.part"))
-    asking.ask("write", path=part, offset=0, data=data)
+    asking.ask("write", path=part, make=True, offset=0, data=data)
     args = {"size": len(data), "mode": 0o640, "mtime": 1_000_000_007, "sha256": sha256(data), **other}
     asking.ask("place", path=raw(path), part=part, **args)
 
@@ -157,7 +157,7 @@ def test_a_file_gets_its_name_when_it_is_whole(asking: Asking, tmp_path: Path) -
 def test_what_arrived_wrong_leaves_the_old_one_and_nothing_else(asking: Asking, tmp_path: Path) -> None:
     path, part = tmp_path / "file", raw(tmp_path / ".x.part")
     path.write_bytes(b"old")
-    asking.ask("write", path=part, offset=0, data=b"new")
+    asking.ask("write", path=part, make=True, offset=0, data=b"new")
     args = {"size": 3, "mode": 0o644, "mtime": 0, "sha256": sha256(b"other")}
     assert "the digests differ" in asking.refused("place", path=raw(path), part=part, **args)
     assert path.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["file", "launch"]
@@ -168,7 +168,7 @@ def test_writes_and_place_repeated_change_nothing(asking: Asking, tmp_path: Path
     path, part = tmp_path / "file", raw(tmp_path / ".x.part")
     data = b"a" * PIECE + b"b"
     asks: list[tuple[str, dict[str, Any]]] = [
-        ("write", {"path": part, "offset": 0, "data": data[:PIECE]}),
+        ("write", {"path": part, "offset": 0, "data": data[:PIECE], "make": True}),
         ("write", {"path": part, "offset": PIECE, "data": data[PIECE:]}),
         (
             "place",
@@ -189,13 +189,21 @@ def test_writes_and_place_repeated_change_nothing(asking: Asking, tmp_path: Path
         path.unlink()
 
 
+def test_a_write_that_comes_too_late_makes_no_file(asking: Asking, tmp_path: Path) -> None:
+    """The host gave up and removed the part, while writes it had asked for were still on their way."""
+    asking.ask("write", path=raw(tmp_path / ".x.part"), make=True, offset=0, data=b"")
+    asking.ask("remove", path=raw(tmp_path / ".x.part"))
+    asking.ask("write", path=raw(tmp_path / ".x.part"), offset=5, data=b"late")
+    assert os.listdir(tmp_path) == ["launch"]
+
+
 def test_nothing_is_written_through_a_link_or_into_a_device(asking: Asking, tmp_path: Path) -> None:
     (tmp_path / "victim").write_bytes(b"safe")
     (tmp_path / ".x.part").symlink_to("victim")
-    asking.refused("write", path=raw(tmp_path / ".x.part"), offset=0, data=b"bad")
+    asking.refused("write", path=raw(tmp_path / ".x.part"), make=True, offset=0, data=b"bad")
     assert (tmp_path / "victim").read_bytes() == b"safe"
     os.mkfifo(tmp_path / ".y.part")
-    asking.refused("write", path=raw(tmp_path / ".y.part"), offset=0, data=b"bad")
+    asking.refused("write", path=raw(tmp_path / ".y.part"), make=True, offset=0, data=b"bad")
 
 
 def test_a_tree_is_made_and_named_also_when_asked_twice(asking: Asking, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def _sending(
         if not os.path.samestat(os.fstat(fd), expected):
             raise Problem(f"cannot push {show(source)}: it has changed meanwhile")
         digest = Digest()
-        yield Ask("write", {"path": part, "offset": 0})  # an empty file is one, too
+        yield Ask("write", {"path": part, "offset": 0, "make": True})  # an empty file is one, too
         at = 0
         while at < expected.st_size:
             start = min(next_data(fd, at, expected.st_size), expected.st_size)

@@ -158,7 +158,14 @@ class Files:
     def _write(self, args: Args) -> Result:
         path, offset, data = self._path(args), _number(args, "offset"), _bytes(args, "data")
         # Never through a link, nor into what another user put there: in /tmp anybody can guess the name.
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        make = args.get("make") is True
+        try:
+            fd = os.open(path, flags | os.O_CREAT if make else flags, 0o600)
+        except FileNotFoundError:
+            if make:
+                raise
+            return {}  # placed already, or given up: `place` knows
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
@@ -185,7 +192,7 @@ class Files:
             if sha256(fd) != digest:
                 os.unlink(part)
                 if part != path and _holds(path, digest):
-                    return {}  # likewise; a write repeated since had begun the part anew
+                    return {}  # likewise; repeated, the first write had made the part anew
                 raise Problem(f"{show(path)}: what arrived is not what was sent: the digests differ")
             os.fchmod(fd, _number(args, "mode"))
             os.utime(fd, ns=(_int(args, "mtime"),) * 2)
@@ -234,11 +241,11 @@ class Files:
         path = self._path(args)
         if not os.path.basename(path).startswith(b".") or not path.endswith(_PART):
             raise Problem(f"{show(path)}: isn't half of a transfer")
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+        while os.path.isdir(path) and not os.path.islink(path):
+            # What was asked before this is still being done meanwhile, and may put something in.
+            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
         return {}
 
     def _sync(self, args: Args) -> Result:
