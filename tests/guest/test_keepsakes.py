@@ -178,3 +178,26 @@ def test_a_tree_of_thousands_of_files_is_cut(vmr: Vmr) -> None:
         for number in range(500):
             (vmr.path / str(directory) / str(number)).touch()
     assert len(vmr.now().files) == keepsakes.MAX_SURVEYED
+
+
+def test_what_can_not_be_kept_whole_leaves_nothing(vmr: Vmr) -> None:
+    vmr.write("a")
+    run = vmr.runs / "1"
+    run.mkdir()
+    (run / "files.json").mkdir()
+    with pytest.raises(OSError):
+        keepsakes.keep(run, os.fsencode(vmr.path), previous=None, each=MIB, room=MIB, trusted=ME)
+    assert not (run / "files").exists()
+
+
+def test_files_that_can_not_be_read_do_not_keep_others_from_being_kept(
+    vmr: Vmr, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that vanishes between the look and the copy."""
+    vmr.write("gone", b"1")
+    vmr.write("there", b"22")
+    present = vmr.now()
+    (vmr.path / "gone").unlink()
+    monkeypatch.setattr(keepsakes, "now", lambda _: present)
+    run = vmr.keep(1)
+    assert [bool(file.kept) for _, file in sorted(snapshot(run).files.items())] == [False, True]

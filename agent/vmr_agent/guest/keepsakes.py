@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,6 +149,19 @@ def keep(
     ``each`` is the longest file kept, ``room`` how much may be copied at all; ``trusted`` owns what is kept.
     OSError where it can't be done.
     """
+    try:
+        _keep(run, directory, previous, each, room, trusted)
+    except OSError:
+        shutil.rmtree(run / _COPIES, ignore_errors=True)  # on a full disk the run needs the room
+        raise
+
+
+# --- inside --------------------------------------------------------------------------------------------------
+
+
+def _keep(
+    run: Path, directory: bytes, previous: Optional[Path], each: int, room: int, trusted: frozenset[int]
+) -> None:
     began_ns = time.time_ns()
     present = now(directory)
     earlier_ns, earlier = (previous and _manifest(previous)) or (0, {})
@@ -159,7 +173,7 @@ def keep(
         if not file.regular or file.uid not in trusted or file.size > min(each, room) or copies >= MAX_KEPT:
             continue
         if not copies:
-            (run / _COPIES).mkdir(mode=0o700)
+            (run / _COPIES).mkdir(mode=0o700, exist_ok=True)
         name = str(copies)
         before = earlier.get(path)
         same = before is not None and file.untouched(before) and file.ctime_ns < earlier_ns - _TICK_NS
@@ -174,9 +188,6 @@ def keep(
     fd = os.open(run / _MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as manifest:
         manifest.write(text)
-
-
-# --- inside --------------------------------------------------------------------------------------------------
 
 
 def _manifest(run: Path) -> Optional[tuple[int, dict[bytes, File]]]:
