@@ -40,7 +40,7 @@ from vmr_agent.wire import messages
 from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
 
 IDLE = 5.0  # s; what nothing tells is looked for so often
-LIVE = 1.0  # s; the same while a run is live: a shim that was killed tells nobody
+LIVE = 1.0  # s; the same while a run is live, or the launch directory amiss: neither tells when that changes
 FULL = 30.0  # s; everything is looked at, for events can be lost
 _SLICE = 0.2  # s; how long runs are started on end before the loop looks at the rest: a thousand take seconds
 _STRANGER = 10.0  # s; a port that talks for so long and says no Hello leads to something else
@@ -252,7 +252,7 @@ class Daemon:
     def _idle(self, now: float, *, full: bool) -> None:
         for run in list(self._live.values()):
             self._judge(run)
-        self._next_idle = now + (LIVE if self._live else IDLE)
+        self._next_idle = now + (LIVE if self._live or self._problem else IDLE)
         if full:
             self._next_full = now + FULL
         acked = {}
