@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 import uuid
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable
 
@@ -50,11 +51,11 @@ def stays(world: World, vmr: str, state: str, seconds: float = 0.7) -> dict[str,
 
 
 def test_each_negative_time_waits_for_all_of_the_one_before(world: World) -> None:
-    world.stage("-10/a", "sleep 0.4")
-    world.stage("-10/b", "sleep 0.2; exit 7")
+    world.stage("-10/a", "sleep 0.8")
+    world.stage("-10/b", "sleep 0.6; exit 7")
     world.stage("-10/c", "kill -9 $$")
-    world.stage("-9.5/d", "sleep 0.2")
-    world.stage("-9.5/e", "sleep 0.2")
+    world.stage("-9.5/d", "sleep 0.6")
+    world.stage("-9.5/e", "sleep 0.6")
     world.stage("-2/f", "true")
     world.stage("-1e-07/g", "true")
     (world.stage("-1/h", "true") / "call_arguments.sh").write_text("#!/no/such\n")
@@ -116,22 +117,18 @@ def test_positive_times_count_from_time_zero_and_late_ones_run_at_once(
 ) -> None:
     world = make_world(settings={"start": "auto"})
     world.stage("-1/before", "true")
-    world.stage("0.4/a", "sleep 0.6")
+    world.stage("0.4/a", "sleep 1.2")
     world.stage("0.8/b", "true")
-    world.stage("2/c", "true")
+    world.stage("4/c", "true")
     world.start_collector()
     world.start_daemon()
     before, a, b = (world.complete(vmr) for vmr in ("-1/before", "0.4/a", "0.8/b"))
     assert before["ended"] <= a["started"] < b["started"] < a["ended"], "no barrier among positive times"
     world.stage("0.1/late", "true")
-    late, c = world.complete("0.1/late"), world.complete("2/c")
+    late, c = world.complete("0.1/late"), world.complete("4/c")
     assert b["started"] < late["started"] < c["started"]
-    assert seconds(c) - seconds(a) == pytest.approx(1.6, abs=0.5)
-
-
-def seconds(row: dict[str, Any]) -> float:
-    """When it was started, within the minute."""
-    return 60 * float(row["started"][14:16]) + float(row["started"][17:-1])
+    apart = datetime.fromisoformat(c["started"][:-1]) - datetime.fromisoformat(a["started"][:-1])
+    assert apart.total_seconds() > 2.5
 
 
 # --- ways of staging ------------------------------------------------------------------------------------------------
@@ -292,8 +289,8 @@ def test_a_reboot_is_asked_for_once_after_all_of_that_time_and_everything_waits(
     world.stage("-1/next", "true")
     world.start_daemon()
     state_is(world, "-2/by-code", "exited")
-    if world.row("-2/slow")["state"] == "running":
-        assert calls() == 0
+    early = calls()
+    assert early == 0 or world.row("-2/slow")["state"] == "exited"
     until(calls, "the reboot command")
     assert world.row("-2/slow")["state"] == "exited"
     assert stays(world, "-1/next", "waiting")["waiting"] == "waits for a reboot"
