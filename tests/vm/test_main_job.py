@@ -239,6 +239,12 @@ def test_the_port_comes_late_goes_and_comes_back(vm_image: Path, make_world: Cal
         world.more("-1/counter")
         _check_counter(world, pid)
 
+        # The rule for udev: a port that is plugged in starts the service where nothing else has.
+        vm.check("udevadm control --reload; systemctl stop vmr-agent")
+        vm.port_del(AGENT_PORT)
+        vm.port_add(AGENT_PORT)
+        world.wait(world.daemon_pid, "the service, started by the port")
+
 
 def test_the_port_is_busy_and_the_host_away(world: VmWorld) -> None:
     vm = world.vm
