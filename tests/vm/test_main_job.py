@@ -75,8 +75,8 @@ def _firewheel_stages(vm: Vm, vmr: str, command: str, files: dict[str, bytes]) -
     def write(path: str, content: bytes) -> None:
         handle = vm.qga("guest-file-open", path=path, mode="w")
         while content:
-            piece = base64.b64encode(content[: 1 << 20]).decode()
-            content = content[vm.qga("guest-file-write", handle=handle, **{"buf-b64": piece})["count"] :]
+            piece: dict[str, Any] = {"buf-b64": base64.b64encode(content[: 1 << 20]).decode()}
+            content = content[vm.qga("guest-file-write", handle=handle, **piece)["count"] :]
         vm.qga("guest-file-close", handle=handle)
 
     where = f"{LAUNCH}/{vmr}"
