@@ -283,12 +283,16 @@ def test_a_slow_request_that_is_repeated_meanwhile_is_done_once(asking: Asking, 
         done.append(args)
         return {}
 
-    asking.files._slow = {**asking.files._slow, "sync": slow}
+    asking.files._in_any_order = {**asking.files._in_any_order, "sync": slow}
     request = Request(b"r" * 16, "sync", {})
     assert asking.files.do(request) is None and asking.files.do(request) is None
     gate.set()
+    answers: list[Reply] = []
+    while not answers:
+        assert select.select([asking.files], [], [], 20.0)[0]
+        answers = asking.files.take()
     assert asking.reply("sync").ok
-    assert len(done) == 2  # that one, and the one asked last
+    assert len(answers) == 1 and len(done) == 2  # that one, and the one asked last
 
 
 def test_many_slow_requests_are_all_answered(asking: Asking, tmp_path: Path) -> None:

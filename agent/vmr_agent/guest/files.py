@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import stat
 import threading
@@ -25,7 +26,8 @@ from vmr_agent.wire.messages import PIECE, Reply, Request, Scalar, text
 
 Args = Mapping[str, Scalar]
 Result = dict[str, Scalar]
-_WORKERS = 8  # threads at most: the host's window asks for more, and under emulation each is slow
+_READERS = 8  # threads; the host's window asks for more, and under emulation each is slow
+_LINGER = 5.0  # s that a thread waits for more to do
 _PART = b".part"
 
 
@@ -33,31 +35,30 @@ class Files:
     """Does what the host asks about files.
 
     Three kinds of verbs, by what they may cost the daemon's loop. `read` is done when the port has room for its
-    answer. What the disk or a digest may hold up for long is done in a thread, whose answer :meth:`take` gives
-    once :meth:`fileno` is readable. The others are done at once, in the order asked.
+    answer. What reads little is done at once. What writes, or reads much, is done in threads: a slow disk makes
+    whoever writes to it wait, up to 0.2 s a write. :meth:`take` gives the threads' answers once :meth:`fileno` is
+    readable.
     """
 
     def __init__(self, launch_dir: bytes) -> None:
         self._launch = launch_dir
-        self._at_once: Mapping[str, Callable[[Args], Result]] = {
-            "stat": self._stat,
+        self._at_once: Mapping[str, Callable[[Args], Result]] = {"stat": self._stat, "stage": self._stage}
+        self._in_order: Mapping[str, Callable[[Args], Result]] = {
             "write": self._write,
+            "place": self._place,
             "mkdir": self._mkdir,
             "link": self._link,
             "rename": self._rename,
-            "stage": self._stage,
+            "remove": self._remove,
         }
-        self._slow: Mapping[str, Callable[[Args], Result]] = {
+        self._in_any_order: Mapping[str, Callable[[Args], Result]] = {
             "list": self._list,
             "digest": self._digest,
-            "place": self._place,
-            "remove": self._remove,
             "sync": self._sync,
         }
-        self._jobs: deque[Request] = deque()
+        self._writer = _Workers(1, self._work)
+        self._readers = _Workers(_READERS, self._work)
         self._under_way: set[bytes] = set()
-        self._threads = 0
-        self._lock = threading.Lock()
         self._done: deque[Reply] = deque()
         self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -65,23 +66,18 @@ class Files:
         return self._woken
 
     def knows(self, verb: str) -> bool:
-        return verb == "read" or verb in self._at_once or verb in self._slow
+        return verb == "read" or any(
+            verb in verbs for verbs in (self._at_once, self._in_order, self._in_any_order)
+        )
 
     def do(self, request: Request) -> Optional[Reply]:
         """The answer to any verb but `read`; None when a thread will give it."""
-        act = self._at_once.get(request.verb)
-        if act is not None:
-            return _answer(request, act)
-        with self._lock:
-            if request.request in self._under_way:
-                return None  # repeated after a lost session: its answer comes
+        at_once = self._at_once.get(request.verb)
+        if at_once is not None:
+            return _answer(request, at_once)
+        if request.request not in self._under_way:  # else repeated after a lost session: its answer comes
             self._under_way.add(request.request)
-            self._jobs.append(request)
-            begin = self._threads < _WORKERS
-            self._threads += begin
-        if begin:
-            # A daemon thread: a disk that doesn't sync must not hold up the daemon's end.
-            threading.Thread(target=self._work, name="files", daemon=True).start()
+            (self._writer if request.verb in self._in_order else self._readers).add(request)
         return None
 
     def read(self, request: Request) -> Reply:
@@ -95,21 +91,14 @@ class Files:
         found = []
         while self._done:
             found.append(self._done.popleft())
+            self._under_way.discard(found[-1].request)
         return found
 
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._jobs:
-                    self._threads -= 1
-                    return
-                request = self._jobs.popleft()
-            reply = _answer(request, self._slow[request.verb])
-            with self._lock:
-                self._under_way.discard(request.request)
-            self._done.append(reply)
-            with suppress(BlockingIOError):  # full: the loop is woken already
-                os.write(self._wake, b".")
+    def _work(self, request: Request) -> None:
+        act = self._in_order.get(request.verb) or self._in_any_order[request.verb]
+        self._done.append(_answer(request, act))
+        with suppress(BlockingIOError):  # full: the loop is woken already
+            os.write(self._wake, b".")
 
     # --- out of the VM ---
 
@@ -241,11 +230,11 @@ class Files:
         path = self._path(args)
         if not os.path.basename(path).startswith(b".") or not path.endswith(_PART):
             raise Problem(f"{show(path)}: isn't half of a transfer")
-        while os.path.isdir(path) and not os.path.islink(path):
-            # What was asked before this is still being done meanwhile, and may put something in.
-            shutil.rmtree(path, ignore_errors=True)
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
         return {}
 
     def _sync(self, args: Args) -> Result:
@@ -288,6 +277,41 @@ class Files:
         if b"\0" in path:
             raise Problem(f"{show(path)}: is no path")
         return os.path.normpath(os.path.join(self._launch, path)) if path[:1] != b"/" else path
+
+
+class _Workers:
+    """Up to so many threads that take what is added, in turn; they end when there has been nothing for a while."""
+
+    def __init__(self, most: int, work: Callable[[Request], None]) -> None:
+        self._most, self._work = most, work
+        self._jobs: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._threads = self._idle = 0
+        self._lock = threading.Lock()
+
+    def add(self, request: Request) -> None:
+        with self._lock:
+            self._jobs.put(request)
+            if self._threads == self._most or self._idle >= self._jobs.qsize():
+                return
+            self._threads += 1
+        # A daemon thread: a disk that doesn't sync must not hold up the daemon's end.
+        threading.Thread(target=self._run, name="files", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            try:
+                request: Optional[Request] = self._jobs.get(timeout=_LINGER)
+            except queue.Empty:
+                request = None
+            with self._lock:
+                self._idle -= 1
+                if request is None and self._jobs.empty():
+                    self._threads -= 1
+                    return
+            if request is not None:
+                self._work(request)
 
 
 class _Opened:
