@@ -176,6 +176,34 @@ def test_a_line_without_its_end_is_shown_after_a_second_and_not_while_there_is_m
     until(lambda: "b'more to come, login: '" in host.log("good"), "the prompt", 4.0)
 
 
+def test_half_a_line_waits_for_a_guest_that_is_slow_to_say_what_it_has(host: Host, guest: Guest) -> None:
+    """A collector that was started again can't know whether there is more, before the run is announced."""
+    begin(guest)
+    guest.say(output(b"one half", more=True))
+    guest.hear(lambda: guest.acks(FIRST)[-1].stdout == 8, "acked")
+    host.kill()
+    host.start()
+    again = Guest(host.socket("good")).open()
+    time.sleep(1.5)
+    ack = begin(again)
+    again.say(output(b" and the other\n", ack.stdout))
+    until(lambda: "b'one half and the other\\n'" in host.log("good"), "the line, whole")
+    assert host.log("good", "json").count("\n") == 1
+    again.close()
+
+
+def test_a_prompt_is_shown_also_after_the_collector_was_started_again(host: Host, guest: Guest) -> None:
+    begin(guest)
+    guest.say(output(b"login: "))
+    guest.hear(lambda: guest.acks(FIRST)[-1].stdout == 7, "acked")
+    host.kill()
+    host.start()
+    again = Guest(host.socket("good")).open()
+    begin(again)
+    until(lambda: "b'login: '" in host.log("good"), "the prompt")
+    again.close()
+
+
 def test_time_travel_is_said_once_a_session(host: Host, guest: Guest) -> None:
     """Each request begins a new life of the guest: one for each run it announces would be a life for each."""
     for number in range(1, 6):
@@ -446,6 +474,14 @@ def a_hundred_thousand_rows(guest: Guest) -> None:
             )
         )
     guest.say(messages.Vmr(vmr=None, state="", attempt=0, reason=""))
+
+
+@evil
+def a_row_that_changes_for_ever(guest: Guest) -> None:
+    guest.open()
+    guest.say(messages.Vmr(vmr=None, state="", attempt=0, reason=""))
+    for number in range(20_000):
+        guest.say(messages.Vmr(b"-4/a.sh", "exited", number, "r" * 400, changed=True))
 
 
 @evil

@@ -109,7 +109,13 @@ def test_the_journal_has_marks_behind_what_is_durable(tmp_path: Path) -> None:
 
 
 def test_a_record_stays_within_one_second(tmp_path: Path) -> None:
-    marks = ((3, T + SECOND - 2), (0, T + SECOND - 1), (3, T + SECOND), (2, T + SECOND + 5), (1, T + 3 * SECOND))
+    marks = (
+        (3, T + SECOND - 2),
+        (0, T + SECOND - 1),
+        (3, T + SECOND),
+        (2, T + SECOND + 5),
+        (1, T + 3 * SECOND),
+    )
     with opened(tmp_path) as store:
         store.run(said.run())
         store.output(said.output(b"abcdefghi", marks=marks))
@@ -174,23 +180,23 @@ def test_unfinished_lines_are_those_to_show_early(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         store.run(said.run())
         store.output(said.output(b"whole\n"))
-        assert store.unfinished_lines() == []
+        assert store.unfinished_lines(RUN) == []
         store.output(said.output(b"more to come", 6, more=True))
-        assert store.unfinished_lines() == []
+        assert store.unfinished_lines(RUN) == []
         store.output(said.output(b" >", 18))
-        assert store.unfinished_lines() == [(RUN, OUT)]
+        assert store.unfinished_lines(RUN) == [OUT] and store.unfinished_lines(OTHER) == []
         store.sync()
         store.flush_line(RUN, OUT)
-        assert store.unfinished_lines() == [] and store.dirty()
+        assert store.unfinished_lines(RUN) == [] and store.dirty()
         store.sync()
         store.flush_line(RUN, OUT)
         assert not store.dirty()
         store.output(said.output(b"dots..", 20))
         store.sync()
     with opened(tmp_path) as store:
-        assert store.unfinished_lines() == [(RUN, OUT)]
+        assert store.unfinished_lines(RUN) == [OUT]
         store.exit(said.exit(26))
-        assert store.unfinished_lines() == []
+        assert store.unfinished_lines(RUN) == []
     assert kinds(tmp_path).count("F") == 1
 
 
@@ -241,7 +247,10 @@ def test_a_result_has_every_key_from_the_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ending", "row"),
     [
-        ({"ending": Ending.SIGNAL.value, "value": 9}, {"state": "killed", "signal": "SIGKILL", "exit_code": None}),
+        (
+            {"ending": Ending.SIGNAL.value, "value": 9},
+            {"state": "killed", "signal": "SIGKILL", "exit_code": None},
+        ),
         (
             {"ending": Ending.ERRNO.value, "value": 2, "text": "no interpreter"},
             {"state": "failed to start", "error": "no interpreter", "duration_s": None},

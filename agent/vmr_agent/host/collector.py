@@ -44,7 +44,8 @@ TICK = 1.0  # s; how often sessions are told the time
 HELD_LINE = 1.0  # s; a line without an end is shown after so long
 STRANGER = 10.0  # s; a socket that talks for so long and says no Hello speaks something else
 GARBAGE = 1 << 20  # bytes in one connection; no guest makes so much, and to search it is work
-SESSIONS = 10  # at once, then one a second: each costs a line here and a record in the journal
+SESSIONS = 10  # at once, then one a second: each is a record in the journal
+LINES = 40  # here, of one VM, at once; then one a second
 MAX_ROWS = 20_000  # VMRs of one VM kept in memory: twice the most anyone stages
 FAR = 10**18  # ns; no experiment's start is 30 years away
 _REPLY = 30.0  # s; a guest that has not answered a request by then won't
@@ -55,6 +56,23 @@ def say(line: str) -> None:
     """One line to the collector's own log, which is standard error."""
     with suppress(OSError):  # a log that can't be written, or whose reader has left, must not end all this
         print(line[:_LINE], file=sys.stderr, flush=True)
+
+
+class _Budget:
+    """What may be had so often at once, and then once a second."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._left = float(most)
+        self._at = time.monotonic()
+
+    def spend(self) -> bool:
+        now = time.monotonic()
+        self._left = min(self._most, self._left + now - self._at)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
 
 
 @dataclass(frozen=True)
@@ -99,8 +117,19 @@ class Guest:
         self._announced: set[bytes] = set()
         """Runs answered in this session: only of these an Ack means anything."""
         self._contradicted = False
-        self._credit, self._credited = float(SESSIONS), time.monotonic()
+        self._sessions, self._lines = _Budget(SESSIONS), _Budget(LINES)
+        self._unsaid = 0
         self._failure = ""
+
+    def say(self, line: str) -> None:
+        """A line about this VM. Those it makes too many of are counted instead."""
+        if not self._lines.spend():
+            self._unsaid += 1
+            return
+        if self._unsaid:
+            say(f"{self.vm}: {self._unsaid:,} lines about it are left out here")
+            self._unsaid = 0
+        say(f"{self.vm}: {line}")
 
     @property
     def online(self) -> bool:
@@ -166,8 +195,8 @@ class Guest:
         self._strange_since = None
         if not self._strange_said:
             self._strange_said = True
-            say(
-                f"{self.vm}: {self.chardev.path} says no Hello ({self._garbage:,} bytes of something else);"
+            self.say(
+                f"{self.chardev.path} says no Hello ({self._garbage:,} bytes of something else);"
                 " is it the vmr-agent port's socket?"
             )
 
@@ -200,14 +229,14 @@ class Guest:
                 self._diverged(str(diverged))
             except BadGuest as error:
                 # Nothing it sends in this connection is believed any more; what it holds, it sends again.
-                say(f"{self.vm}: sends what can't be: {error}; beginning anew")
+                self.say(f"sends what can't be: {error}; beginning anew")
                 self.chardev.drop("a bad guest")
                 return
             except OSError as failed:
                 self.store_failed(failed)
                 return
             except Exception:  # a mistake of ours, which must not become every VM's
-                say(f"{self.vm}: cannot take what it says:\n{traceback.format_exc()[-1500:]}")
+                self.say(f"cannot take what it says:\n{traceback.format_exc()[-1500:]}")
                 self.chardev.drop("what it said could not be taken")
                 return
         self._write()
@@ -217,9 +246,7 @@ class Guest:
         reason = failed.strerror or str(failed)
         if reason != self._failure:
             self._failure = reason
-            say(
-                f"{self.vm}: cannot write to {self.store.log_dir}: {reason}; nothing is acknowledged, trying again"
-            )
+            self.say(f"cannot write to {self.store.log_dir}: {reason}; nothing is acknowledged, trying again")
         self.chardev.drop("the log directory can't be written")
 
     def _write(self) -> None:
@@ -235,6 +262,9 @@ class Guest:
             ack = self.store.run(event)
             self._announced.add(event.run)
             self.send(ack)
+            for stream in self.store.unfinished_lines(event.run):  # what more there is comes now
+                self._held_lines[event.run, stream] = time.monotonic()
+            self._time_lines()
             self._collector.want_sweep()
         elif isinstance(event, messages.Gap):
             self.store.gap(event)
@@ -259,29 +289,22 @@ class Guest:
             self._held_lines.clear()
             self._announced.clear()
             self.relay.ended(event.reason)
-            say(f"{self.vm}: session over: {event.reason}")
+            self.say(f"session over: {event.reason}")
 
     def _begin(self, hello: messages.Hello) -> None:
         if hello.spool is None:
             raise BadGuest("a Hello without a spool")
-        now = time.monotonic()
-        self._credit = min(SESSIONS, self._credit + now - self._credited)
-        self._credited = now
-        if self._credit < 1:
+        if not self._sessions.spend():
             raise BadGuest("it begins anew too often")
-        self._credit -= 1
         self.hello, self._strange_since = hello, None
         self._strange_said = self._contradicted = False
         self._announced.clear()
         new_life = self.store.life(hello, time.time_ns())
         self._failure = ""
-        say(f"{self.vm}: session open with {show(hello.hostname or b'?')} ({show(hello.version.encode())})")
+        self.say(f"session open with {show(hello.hostname or b'?')} ({show(hello.version.encode())})")
         if new_life:
-            say(f"{self.vm}: a new life of this VM begins; the earlier one is kept")
+            self.say("a new life of this VM begins; the earlier one is kept")
         self._first_round = {}
-        for run, stream in self.store.unfinished_lines():
-            self._held_lines[run, stream] = now
-        self._time_lines()
         self._collector.want_sweep()
         for request, _ in list(self._waiting.values()):
             if new_life:
@@ -308,7 +331,7 @@ class Guest:
             rows = self.rows if self._first_round is None else self._first_round
             if row.changed and self._first_round is None and rows.get(row.vmr) != kept:
                 name = show(row.vmr)
-                say(f"{self.vm}: {name} changed since staging: vmr-host pull {shlex.quote(name)} {self.vm} .")
+                self.say(f"{name} changed since staging: vmr-host pull {shlex.quote(name)} {self.vm} .")
             rows[row.vmr] = kept
         if len(self.rows) > MAX_ROWS or len(self._first_round or ()) > MAX_ROWS:
             raise BadGuest(f"more than {MAX_ROWS:,} VMRs")
@@ -346,7 +369,7 @@ class Guest:
         if self._contradicted:
             return  # each of its runs may contradict what is held; one new life answers them all
         self._contradicted = True
-        say(f"{self.vm}: was set back in time: {reason}")
+        self.say(f"was set back in time: {reason}")
         # Not by request(): there is no answer, and asked again in the session it brings it would have no end.
         args = {"reason": messages.text(reason)}
         self.send(messages.Request(request=os.urandom(16), verb="diverged", args=args))

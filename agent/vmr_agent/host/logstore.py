@@ -255,9 +255,10 @@ class LogStore:
         with self._writing():
             self._current.flush_line(run, Stream(stream))
 
-    def unfinished_lines(self) -> list[tuple[bytes, int]]:
-        """Streams whose last byte was no newline, not shown yet, and of which the guest held no more."""
-        return [] if self._life is None or self._failed else list(self._life.unfinished)
+    def unfinished_lines(self, run: bytes) -> list[int]:
+        """A run's streams whose last byte was no newline, not shown yet, and of which the guest held no more."""
+        unfinished = set() if self._life is None or self._failed else self._life.unfinished
+        return [int(stream) for stream in Stream if (run, int(stream)) in unfinished]
 
     def latest(self, vmr: bytes) -> Optional[bytes]:
         """The run of a VMR's latest attempt in this life."""
