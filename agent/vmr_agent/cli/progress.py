@@ -10,6 +10,7 @@ import time
 from types import TracebackType
 from typing import Any, Optional
 
+LONG = 1 << 26  # bytes that take a while to check, so that people wonder
 _EVERY = 0.1  # s between two looks of the line
 
 
@@ -51,10 +52,10 @@ class Progress:
 
     def add(self, count: int) -> None:
         self._done += count
-        self._show()
+        self._show(at_once=self._done == self._total)
 
     def note(self, note: str) -> None:
-        """Say what it waits for; empty: nothing."""
+        """Say what takes long meanwhile; empty: nothing does."""
         if note != self._note:
             self._note = note
             self._show(at_once=True)

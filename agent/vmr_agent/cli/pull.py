@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from vmr_agent.cli.progress import Progress
+from vmr_agent.cli.progress import LONG, Progress
 from vmr_agent.cli.remote import Ask, Remote, kind, remote_of
 from vmr_agent.contents import sha256
 from vmr_agent.errors import Problem, show
@@ -129,6 +129,8 @@ class _Incoming:
         if self._flying or self._fd < 0:
             return
         os.ftruncate(self._fd, self._size)
+        if self._size > LONG:
+            self._progress.note("checking")
         if sha256(self._fd) != self._sha256:
             raise Problem(
                 f"cannot pull {self._remote.vm}:{show(self._path)}: what arrived is not what is there",

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
-from vmr_agent.cli.progress import Progress
+from vmr_agent.cli.progress import LONG, Progress
 from vmr_agent.cli.remote import Answered, Ask, Remote, kind, part_name, remote_of
 from vmr_agent.contents import Digest, next_data
 from vmr_agent.errors import Problem, show
@@ -168,7 +168,9 @@ def _sending(
             "mtime": status.st_mtime_ns,
             "sha256": digest.digest(),
         }
-        yield Ask("place", args)
+        if status.st_size > LONG:
+            progress.note("the VM checks it and writes it to disk")
+        yield Ask("place", args, answered=lambda result, data: progress.note(""))
     finally:
         os.close(fd)
 
