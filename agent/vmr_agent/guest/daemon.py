@@ -282,17 +282,19 @@ class Daemon:
         self._gone |= gone
         if self._changed or self._gone:
             self._undecided = True
-        # Each is taken off only when it has been noted, which a full disk can prevent.
-        while self._gone:
-            name = next(iter(self._gone))
-            self._changed_rows.add(name)
-            self._roster.gone(name)
-            self._gone.discard(name)
-        while self._changed:
-            name = next(iter(self._changed))
-            self._changed_rows.add(name)
-            self._note_change(name)
-            self._changed.discard(name)
+        # Each is taken off only when it has been noted, which a full disk can prevent: then it waits, and holds up
+        # nothing but what came in its place.
+        failed: Optional[OSError] = None
+        for note, names in ((self._roster.gone, self._gone), (self._note_change, self._changed)):
+            for name in names - (self._gone if names is self._changed else set()):
+                self._changed_rows.add(name)
+                try:
+                    note(name)
+                    names.discard(name)
+                except OSError as error:
+                    failed = error
+        if failed is not None:
+            raise failed
 
     def _note_change(self, name: bytes) -> None:
         vmr = self._watcher.vmrs.get(name)
