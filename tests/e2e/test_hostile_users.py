@@ -26,7 +26,6 @@ def open_world() -> Iterator[World]:
     yield world
     world.close()
     shutil.rmtree(path)
-    shutil.rmtree(world.sockets, ignore_errors=True)
 
 
 def exited(world: World, vmr: str) -> dict[str, Any]:

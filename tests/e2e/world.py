@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,7 @@ class World:
                     process.kill()
                     process.wait()
         self._end_leftovers()
+        shutil.rmtree(self.sockets, ignore_errors=True)
 
     def _end_leftovers(self) -> None:
         """Scripts that outlive their daemon, as they should, must not outlive the test."""
