@@ -1,0 +1,78 @@
+"""The packages for tests, built from this checkout once in a test run; also as a later version would be.
+
+Knows packaging/'s commands and what they print; nothing of VMs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SOURCES = ("agent", "packaging", "systemd", "tests", "pyproject.toml", "README.md", "LICENSE")
+CANNOT = 3  # a build's exit code: not on this machine
+LATER = "99.1"
+"""The version of an upgrade."""
+
+
+@functools.cache
+def workplace() -> Path:
+    """A directory for all that is built; it goes with this process."""
+    path = Path(tempfile.mkdtemp(prefix="packages-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@functools.cache
+def sources() -> Path:
+    """The sources as they were when first asked for, without `.git`: what is edited meanwhile makes no difference."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "out", "*.egg-info", ".*")
+    tree = workplace() / "sources"
+    tree.mkdir()
+    for name in SOURCES:
+        if (REPOSITORY / name).is_dir():
+            shutil.copytree(REPOSITORY / name, tree / name, ignore=ignore)
+        else:
+            shutil.copy(REPOSITORY / name, tree / name)
+    return tree
+
+
+def export(destination: Path, version: Optional[str] = None) -> Path:
+    """A copy of the sources; if asked to, those of another version."""
+    shutil.copytree(sources(), destination)
+    if version is not None:
+        init = destination / "agent" / "vmr_agent" / "__init__.py"
+        init.write_text(re.sub('".*"', f'"{version}"', init.read_text()))
+        changes = destination / "packaging" / "CHANGELOG.md"
+        changes.write_text(
+            changes.read_text().replace("\n## ", f"\n## {version} (2030-01-01)\n\n- Later.\n\n## ", 1)
+        )
+    return destination
+
+
+def build(program: str, *arguments: str, tree: Path = REPOSITORY) -> list[Path]:
+    """Run one of packaging/'s builds; the files it has made. Skips where it says that it can't be run here."""
+    done = subprocess.run(
+        [tree / "packaging" / program, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode == CANNOT:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [Path(line) for line in done.stdout.splitlines()]
+
+
+@functools.cache
+def debs(version: Optional[str] = None) -> dict[str, Path]:
+    """The Debian packages by name, from a plain export."""
+    name = version or "current"
+    tree = export(workplace() / f"source-{name}", version)
+    made = build("build-deb", "--no-tests", "--out", str(workplace() / name), tree=tree)
+    return {path.name.partition("_")[0]: path for path in made}
