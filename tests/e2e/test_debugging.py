@@ -77,8 +77,16 @@ def script(world: World) -> Path:
 
 
 def test_logs_come_in_the_order_captured_with_the_daemon_down(world: World) -> None:
+    # Two pipes have no order but that of their reading: each line waits until the one before is in the spool.
+    spool = world.spool / "runs" / "-1" / "both" / "1"
+    seen = "until grep -q '^%s$' {}/%s; do sleep 0.01; done".format(spool)
     world.stage(
-        "-1/both", "for i in 1 2 3 4 5; do echo out $i; sleep 0.03; echo err $i >&2; sleep 0.03; done"
+        "-1/both",
+        "for i in 1 2 3 4 5; do echo out $i; "
+        + seen % ("out '$i'", "stdout")
+        + "; echo err $i >&2; "
+        + seen % ("err '$i'", "stderr")
+        + "; done",
     )
     world.start_daemon()
     wait_for(world, "-1/both")
