@@ -145,6 +145,8 @@ class Life:
         self._labels: dict[tuple[bytes, int], bytes] = {}
         self._touched: dict[bytes, HeldRun] = {}
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._named: set[str] = set()
+        """Directories whose names are durable, or will be with the next sync."""
 
     def create(self, wall_ns: int) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | NO_LINK
@@ -269,7 +271,10 @@ class Life:
                 marked = MARK.unpack(content)[0]
         self._size = begin
         crossed = False
+        beginning = b""
         for behind, kind, content in read_records(self._journal, begin):
+            if kind == Kind.LIFE:
+                beginning = content
             if behind > marked and kind != Kind.MARK:
                 if not crossed:
                     self._all_durable()
@@ -283,9 +288,13 @@ class Life:
         if self._size < size:
             self._log(f"the journal's last {size - self._size} bytes did not become durable and are cut off")
             os.ftruncate(self._journal, self._size)
+            if not self._size:  # a life without its first record would be none
+                self.append(Kind.LIFE, beginning)
             # The last mark may have stood behind what was cut, and what it covers must never be doubted.
             self.append(Kind.MARK, MARK.pack(marked))
             self._write_waiting()
+        if not marked:
+            self.directories |= {".", ".."}  # as create() did, for whoever never came to sync them
         for run in list(self._runs.values()):
             self._mend(run)
             if run.durable is RunState.CLOSED:
@@ -612,8 +621,12 @@ class Life:
                 os.mkdir(name, 0o755, dir_fd=self._directory)
             except FileExistsError:
                 os.close(os.open(name, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=self._directory))
-            else:
-                self.directories.add("/".join(parts[: depth - 1]) or ".")
+                if name in self._named:
+                    continue
+                # Whoever made it may have ended before it was synced.
+            if depth < len(parts):
+                self._named.add(name)
+            self.directories.add("/".join(parts[: depth - 1]) or ".")
         self.directories.add(path)
 
     def _write_result(self, run: HeldRun) -> None:
