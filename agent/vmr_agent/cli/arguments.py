@@ -1,6 +1,7 @@
-"""What lives here: what both commands do alike: VMR names that begin with a dash, errors in one line, tables.
+"""What lives here: what both commands do alike: VMR names that begin with a dash, help, errors in one line, tables.
 
-It must not know: any verb.
+What a parser holds is all that `--help`, the manual pages and shell completion say of a command. It must not know:
+any verb.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Callable, NoReturn, Optional
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, NamedTuple, NoReturn, Optional
 
 from vmr_agent.errors import Problem, show
 
@@ -50,21 +52,86 @@ def signal_number(text: str) -> signal.Signals:
         raise argparse.ArgumentTypeError(f"there is no signal {text!r}") from None
 
 
+class Example(NamedTuple):
+    """A command line and what it is good for."""
+
+    line: str
+    what: str
+
+
+class _Help(argparse.HelpFormatter):
+    """Paragraphs are filled to the terminal's width; what holds an indented line stays as it is written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = []
+        for part in text.strip("\n").split("\n\n"):
+            if not any(line[:1] == " " for line in part.splitlines()):
+                part = textwrap.fill(part, width, break_on_hyphens=False)
+            parts.append(part)
+        return "\n\n".join(parts)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors in our form: one line, exit status 2."""
+
+    examples: Sequence[Example] = ()
+    keys: Mapping[str, str] = {}
+    """What `--json` prints: each key and its meaning."""
 
     def error(self, message: str) -> NoReturn:
         sentence = show(os.fsencode(message.replace(_MARK, "")))  # it quotes what was typed
         self.exit(2, f"{self.prog}: cannot understand that: {sentence}\n")
 
+    def format_help(self) -> str:
+        parts = []
+        if self.examples:
+            parts.append(f"example{'s' * (len(self.examples) > 1)}:\n{_table(self.examples)}")
+        if self.keys:
+            parts.append(f"keys of --json:\n{_glossary(self.keys)}")
+        self.epilog = "\n\n".join(parts)
+        return super().format_help()
 
-def parser(program: str, summary: str, example: str) -> Parser:
-    return Parser(
-        prog=program,
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+
+def _table(examples: Sequence[Example]) -> str:
+    """What each is good for beside it, or, where there is no room, below it."""
+    pad = max(len(each.line) for each in examples) + 2
+    if pad + max(len(each.what) for each in examples) < 78:
+        lines = [f"  {each.line.ljust(pad)}{each.what}" for each in examples]
+    else:
+        lines = [f"  {each.line}\n      {each.what}" for each in examples]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _glossary(words: Mapping[str, str]) -> str:
+    pad = max(map(len, words)) + 4
+    lines = []
+    for word, meaning in words.items():
+        lines += textwrap.wrap(
+            meaning,
+            79,
+            initial_indent=f"  {word}".ljust(pad),
+            subsequent_indent=" " * pad,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
+
+
+def parser(program: str, text: str, *examples: Example) -> Parser:
+    """A command's parser. ``text``: a sentence, and paragraphs that say more."""
+    made = Parser(prog=program, description=text, formatter_class=_Help)
+    made.examples = examples
+    return made
+
+
+def verb(verbs: Any, name: str, text: str, *examples: Example) -> Parser:
+    """A verb's parser. ``text``: a sentence, and paragraphs that say more. At least one example, or it is hidden."""
+    summary = {"help": text.partition("\n\n")[0]} if examples else {}
+    added: Parser = verbs.add_parser(name, description=text, formatter_class=_Help, **summary)
+    added.examples = examples
+    return added
 
 
 def run(program: str, act: Callable[[], int]) -> int:

@@ -1,6 +1,7 @@
 """What lives here: `vmr-host`, one function a verb.
 
-It must not know: how a verb is done. What needs the collector asks it; output is read from the log directory.
+It must not know: how a verb is done. What needs the collector asks it; output is read from the log directory. Over
+400 lines: most of them are the words of `--help`, the manual and shell completion.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,19 +19,30 @@ from typing import Any, Optional
 
 from vmr_agent import __version__
 from vmr_agent.cli import arguments, collected, output, pull, push, staging, tables
+from vmr_agent.cli.arguments import Example
 from vmr_agent.cli.collected import PROGRAM, remark
 from vmr_agent.errors import Problem, show
 from vmr_agent.host import view
 from vmr_agent.runs import Stream
 
-_EXAMPLE = """\
-examples:
-  vmr-host collect --log-dir /scratch/vm_resource_logs Server=/tmp/minimega/4/virtio-serial1
-  vmr-host mix                         every VM and how its VMRs stand
-  vmr-host list Server                 every VMR of one VM
-  vmr-host rerun Server -4/compress.py run it again where it lies, its output here
-  vmr-host start                       time zero, for all VMs
+_PATIENCE = 1.0  # s
+_TEXT = """\
+Collects what vmr-agent ships from VMs, and talks to them.
+
+The collector runs on the host, one for all VMs of an experiment; every other verb
+asks it through its control socket. mix, list and logs also work without it, from its
+log directory. A VMR's name is <start time>/<directory name>, as in -4/compress.py.
+
+Exit status: 0, it is done; 1, it could not be done; 2, the command line can't be
+understood; 130, stopped by Ctrl-C.
 """
+_EXAMPLES = (
+    Example("vmr-host collect --log-dir logs Server=/tmp/server.sock", "be the collector"),
+    Example("vmr-host mix", "every VM and how its VMRs stand"),
+    Example("vmr-host list Server", "every VMR of one VM"),
+    Example("vmr-host rerun Server -4/compress.py", "again, where it lies"),
+    Example("vmr-host start", "time zero, for all VMs"),
+)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -47,23 +60,49 @@ def _default_control() -> Path:
 
 
 def _parser() -> arguments.Parser:
-    top = arguments.parser(PROGRAM, "Collects what vmr-agent ships from VMs, and talks to them.", _EXAMPLE)
+    top = arguments.parser(PROGRAM, _TEXT, *_EXAMPLES)
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    def verb(name: str, act: Any, summary: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=summary, description=summary)
+    def verb(name: str, act: Any, text: str, *examples: Example) -> arguments.Parser:
+        added = arguments.verb(verbs, name, text, *examples)
         added.set_defaults(act=act)
         added.add_argument(
-            "--control", type=Path, default=_default_control(), metavar="PATH", help="the collector's socket"
+            "--control",
+            type=Path,
+            default=_default_control(),
+            metavar="PATH",
+            help="the collector's socket; default: /run/vmr-host/control, "
+            "for users $XDG_RUNTIME_DIR/vmr-host/control",
         )
         return added
 
+    def vm(added: argparse.ArgumentParser, **more: Any) -> None:
+        more = {"help": "its name, as it was given to collect", **more}
+        added.add_argument("vm", metavar="VM", type=arguments.name, **more)
+
     def vmr(added: argparse.ArgumentParser) -> None:
-        added.add_argument("vm", metavar="VM", type=arguments.name)
+        vm(added)
         added.add_argument("vmr", metavar="VMR", type=arguments.name, help="as in -4/compress.py")
 
-    collect = verb("collect", _collect, "Be the collector: take frames from VMs and write their logs.")
+    collect = verb(
+        "collect",
+        _collect,
+        """\
+Be the collector: take frames from VMs and write their logs.
+
+For each VM it connects to the socket of the chardev behind its port, again and again
+until there is one. It stays in the foreground; SIGTERM ends it. What it has not
+acknowledged the VMs keep, and send when a collector runs again.
+
+Time zero is set by vmr-host start, or by itself with --expect.
+""",
+        Example("vmr-host collect --log-dir /scratch/vm_resource_logs Server=/tmp/server.sock", "one VM"),
+        Example(
+            "vmr-host collect --log-dir logs --expect 2 A=/tmp/a.sock B=/tmp/b.sock",
+            "two; when both are configured, the experiment starts 60 s later",
+        ),
+    )
     collect.add_argument("sources", nargs="*", metavar="VM=SOCKET", help="a VM and its chardev's socket")
     log_dir = os.environ.get("VMR_HOST_LOG_DIR")
     collect.add_argument(
@@ -72,7 +111,7 @@ def _parser() -> arguments.Parser:
         default=log_dir and Path(log_dir),
         required=not log_dir,
         metavar="DIR",
-        help="where logs and raw output go",
+        help="where logs and raw output go; default: $VMR_HOST_LOG_DIR",
     )
     collect.add_argument(
         "--listen", action="append", default=[], metavar="VM=PATH", help="listen for a VM whose side connects"
@@ -84,55 +123,198 @@ def _parser() -> arguments.Parser:
         "--start-buffer",
         type=float,
         default=60.0,
-        metavar="S",
-        help="seconds from then to time zero; default: 60",
+        metavar="SECONDS",
+        help="from then to time zero; default: 60",
     )
-    mix = verb("mix", _mix, "Show every VM and how its VMRs stand.")
-    mix.add_argument("--watch", action="store_true", help="show it again as it changes")
-    listing = verb("list", _list, "Show the VMRs of a VM and what became of them.")
-    listing.add_argument("vm", metavar="VM", type=arguments.name)
+    mix = verb(
+        "mix",
+        _mix,
+        """\
+Show every VM and how its VMRs stand.
+
+One row a VM: how many of its VMRs wait, run, and have ended which way.
+""",
+        Example("vmr-host mix --watch", "a table kept fresh"),
+        Example("vmr-host mix --json", "for programs"),
+    )
+    mix.add_argument("--watch", action="store_true", help="show it again as it changes, until Ctrl-C")
+    mix.keys = tables.VM_KEYS
+    listing = verb(
+        "list",
+        _list,
+        """\
+Show the VMRs of a VM and what became of them.
+
+In the order of the schedule, each with its latest attempt. Exit codes are shown,
+never judged.
+""",
+        Example("vmr-host list Server", "a table"),
+        Example("vmr-host list Server --json", "for programs"),
+    )
+    vm(listing)
+    listing.keys = tables.VMR_KEYS
     for added, what in ((mix, "a VM"), (listing, "a VMR")):
-        added.add_argument("--json", action="store_true", help=f"one array, one object {what}")
-    logs = verb("logs", _logs, "Print what a VMR printed, byte for byte.")
+        added.add_argument(
+            "--json", action="store_true", help=f"one array, one object {what}; see below for its keys"
+        )
+    logs = verb(
+        "logs",
+        _logs,
+        """\
+Print what a VMR printed, byte for byte.
+
+What has reached the log directory, stdout to stdout and stderr to stderr.
+""",
+        Example("vmr-host logs Server -4/compress.py", "the latest attempt"),
+        Example("vmr-host logs Server 1/bash --follow --stream stdout", "a server, while it runs"),
+    )
     vmr(logs)
     logs.add_argument("--attempt", type=int, metavar="N", help="default: the latest")
     logs.add_argument(
         "--stream", choices=[each.filename for each in Stream], help="default: both, each to its own"
     )
     logs.add_argument("--follow", action="store_true", help="go on until the run's pipes are closed")
-    for added in (mix, listing, logs):
+    rerun = verb(
+        "rerun",
+        _rerun,
+        """\
+Run a VMR of a VM again in place, streaming its output.
+
+Its stdout comes to stdout and its stderr to stderr, byte for byte. The exit status is
+the script's own: 128 + the signal's number if a signal ended it, 126 if it could not
+be executed, 1 if it is lost. Ctrl-C ends the watching (130), not the run.
+""",
+        Example("vmr-host rerun Server -4/compress.py", "and see what it prints"),
+        Example("vmr-host rerun Server 1/bash --detach", "a server"),
+    )
+    vmr(rerun)
+    rerun.add_argument("--detach", action="store_true", help="start it and return at once")
+    kill = verb(
+        "kill",
+        _kill,
+        """\
+Signal a VMR's whole process tree.
+
+Children that made themselves a session of their own are found too.
+""",
+        Example("vmr-host kill Server 1/bash", "TERM, to all of it"),
+        Example("vmr-host kill Server 1/bash --signal KILL", "when it doesn't listen"),
+    )
+    vmr(kill)
+    kill.add_argument(
+        "--signal",
+        default="TERM",
+        metavar="SIGNAL",
+        type=arguments.signal_number,
+        help="name or number; default: TERM",
+    )
+    out = verb(
+        "pull",
+        pull.pull,
+        """\
+Copy a file or a directory out of a VM.
+
+The digest is checked, and the destination is there whole or not at all; a file takes
+a file's place, a directory nobody's. It goes on after a lost session. Bytes, times
+and permissions are kept, but for set-uid bits.
+""",
+        Example("vmr-host pull -4/compress.py/compress.py Server .", "what was repaired in the VM"),
+        Example("vmr-host pull /var/log Server ./server-log", "a directory"),
+    )
+    into = verb(
+        "push",
+        push.push,
+        """\
+Copy a file or a directory into a VM.
+
+The digest is checked, and the destination is there whole or not at all; a file takes
+a file's place, a directory nobody's. It goes on after a lost session.
+""",
+        Example("vmr-host push compress.py Server -4/compress.py/", "a repaired program"),
+        Example("vmr-host push tools Server /opt/tools", "a directory"),
+    )
+    for added, file, destination in (
+        (out, "in the VM", "on this host"),
+        (into, "on this host", "in the VM"),
+    ):
+        launch = "; a relative path is from the launch directory"
+        for name, where in (("file", file), ("vm", ""), ("destination", destination)):
+            if name == "vm":
+                vm(added)
+            else:
+                added.add_argument(
+                    name,
+                    metavar=name.upper(),
+                    type=arguments.name,
+                    help=where + launch * (where == "in the VM"),
+                )
+    stage = verb(
+        "stage",
+        staging.stage,
+        """\
+Put VMRs into a VM: a tree as /var/launch has it, or one program.
+
+All of them or none, and in the order of their start times, so that an experiment can
+be driven with no other agent in the image. With --at a VMR is made as FIREWHEEL makes
+them: the program, if it is a file here, and the script that calls it; every word that
+follows PROGRAM is an argument of it.
+""",
+        Example("vmr-host stage Server launch", "every launch/<start time>/<name>/"),
+        Example("vmr-host stage Server --at -4 ./compress.py /opt", "one program of ours"),
+        Example("vmr-host stage Server --at 10 --name addresses ip -brief address", "one of the VM's"),
+    )
+    vm(stage)
+    stage.add_argument(
+        "source", metavar="DIRECTORY|PROGRAM", type=arguments.name, help="a tree, or with --at a program"
+    )
+    stage.add_argument("arguments", metavar="ARG", nargs="*", type=arguments.name, help="of the program")
+    stage.add_argument("--at", metavar="TIME", help="start time, to stage a program: as in -4 or 10.5, not 0")
+    stage.add_argument("--name", metavar="NAME", help="of the VMR; default: the program's")
+    start = verb(
+        "start",
+        _start,
+        """\
+Set time zero, for all VMs or one.
+
+Positive times count from it. It is set only once; a VM that is offline or not yet
+configured is told when it is back.
+""",
+        Example("vmr-host start", "now, for all VMs"),
+        Example("vmr-host start --in 30", "in half a minute"),
+    )
+    start.add_argument(
+        "--in", dest="delay", type=float, default=0.0, metavar="SECONDS", help="from now; default: 0"
+    )
+    hold = verb(
+        "hold",
+        _hold,
+        """\
+Let nothing new start by schedule, in all VMs or one.
+
+Runs in progress go on, and rerun works.
+""",
+        Example("vmr-host hold", "all VMs"),
+        Example("vmr-host hold Server", "one"),
+    )
+    resume = verb(
+        "resume",
+        _hold,
+        """\
+End hold, in all VMs or one.
+
+The schedule goes on where it was.
+""",
+        Example("vmr-host resume", "all VMs"),
+    )
+    for word, added in (("start", start), ("hold", hold), ("resume", resume)):
+        added.set_defaults(verb=word)
+        vm(added, nargs="?", help="default: all of them")
+    names = verb("names", _names, "Print the names that shell completion offers: VMs, or the VMRs of one.")
+    vm(names, nargs="?")
+    for added in (mix, listing, logs, names):
         added.add_argument(
             "--log-dir", type=Path, metavar="DIR", help="read only this log directory; ask no collector"
         )
-    rerun = verb("rerun", _rerun, "Run a VMR of a VM again in place, streaming its output.")
-    vmr(rerun)
-    rerun.add_argument("--detach", action="store_true", help="start it and return at once")
-    kill = verb("kill", _kill, "Signal a VMR's whole process tree.")
-    vmr(kill)
-    kill.add_argument(
-        "--signal", default="TERM", type=arguments.signal_number, help="name or number; default: TERM"
-    )
-    out = verb("pull", pull.pull, "Copy a file or a directory out of a VM.")
-    into = verb("push", push.push, "Copy a file or a directory into a VM.")
-    for added, where in ((out, "in the VM; from its launch directory"), (into, "on this host")):
-        added.add_argument("file", metavar="FILE", type=arguments.name, help=where)
-        added.add_argument("vm", metavar="VM", type=arguments.name)
-        added.add_argument("destination", metavar="DESTINATION", type=arguments.name)
-    stage = verb("stage", staging.stage, "Put VMRs into a VM: a tree as /var/launch has it, or one program.")
-    stage.add_argument("vm", metavar="VM", type=arguments.name)
-    stage.add_argument("source", metavar="DIRECTORY|PROGRAM", type=arguments.name)
-    stage.add_argument("arguments", metavar="ARG", nargs="*", type=arguments.name, help="of the program")
-    stage.add_argument("--at", metavar="TIME", help="start time, to stage a program")
-    stage.add_argument("--name", metavar="NAME", help="of the VMR; default: the program's")
-    start = verb("start", _start, "Set time zero, for all VMs or one.")
-    start.add_argument(
-        "--in", dest="delay", type=float, default=0.0, metavar="S", help="so many seconds from now"
-    )
-    hold = verb("hold", _hold, "Let nothing new start by schedule, in all VMs or one.")
-    resume = verb("resume", _hold, "End hold, in all VMs or one.")
-    for word, added in (("start", start), ("hold", hold), ("resume", resume)):
-        added.set_defaults(verb=word)
-        added.add_argument("vm", nargs="?", metavar="VM", type=arguments.name)
     return top
 
 
@@ -211,6 +393,27 @@ def _vms(args: argparse.Namespace, *, aloud: bool = False) -> list[dict[str, Any
             }
         )
     return vms
+
+
+def _names(args: argparse.Namespace) -> int:
+    """For shell completion: one a line, nothing where nothing is known; no name that is shown otherwise."""
+
+    def give_up(*_: object) -> None:
+        raise Problem("cannot wait any longer")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE)  # somebody waits for his Tab
+    with suppress(Problem, OSError):
+        seen = collected.look(args, "mix" if args.vm is None else "list")
+        if args.vm is not None:
+            names = [row["vmr"] for row in collected.vmrs(seen, args.vm)]
+        elif seen.answer is not None:
+            names = [vm["vm"] for vm in seen.answer["vms"]]
+        else:
+            names = view.vms(seen.log_dir)
+        shown = [name for name in names if "\\" not in name and view.text(name) == name]
+        print("".join(f"{name}\n" for name in shown), end="")
+    return 0
 
 
 def _list(args: argparse.Namespace) -> int:

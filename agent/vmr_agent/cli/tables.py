@@ -30,6 +30,45 @@ _COUNTED = {
 _NOTED = {"blocked": "blocked", "refused": "refused", "failed_to_start": "could not start"}
 
 
+VM_KEYS: Mapping[str, str] = {
+    "vm": "the VM's name",
+    "state": "configuring, configured or offline; unknown: no collector was asked",
+    "online": "whether there is a session with it",
+    "reason": "why there is none; else empty",
+    "configured": "whether its negative times are over; null: not known",
+    "vmrs": "object: how many of its VMRs are staged, waiting, refused, running, blocked, exited_zero, "
+    "exited_nonzero, killed, failed_to_start, lost",
+    "health": "object, with the last heartbeat: load_1m_milli (thousandths), cpus, memory_total, memory_available, "
+    "disk_total, disk_free (bytes); empty: none came",
+    "dropped": "object: bytes and frames from it that could not be understood, by kind",
+}
+"""What `mix --json` prints of each VM. Keys may be added; none is removed, renamed or given another meaning."""
+
+VMR_KEYS: Mapping[str, str] = {
+    "vmr": "the VMR's name, <start time>/<directory name>; odd bytes as \\xNN",
+    "start_time": "its first part",
+    "name": "its second part",
+    "attempt": "the latest attempt; 0: none yet",
+    "trigger": "what started it: schedule, rerun, host or reboot; null: none yet",
+    "state": "staged, waiting, refused, running, blocked, exited, killed, failed to start or lost",
+    "pid": "process id of the script in the VM, or null",
+    "started": "UTC by the host's clock, as in 2024-06-06T00:43:08.123456Z; null: not started",
+    "ended": "likewise; null: not ended",
+    "duration_s": "seconds from start to end; null: not ended",
+    "exit_code": "null: not ended, or ended otherwise",
+    "signal": "name of the signal that ended it, as in SIGKILL; else null",
+    "error": "why it waits, is refused, blocked, lost or could not start; else null",
+    "stdout_bytes": "bytes in the log directory",
+    "stderr_bytes": "likewise",
+    "closed": "whether nothing more can come",
+    "complete": "whether all of it is here: closed, and without a gap",
+    "gaps": "array of objects: bytes that will never come, with stream, offset, length and reason",
+    "rusage": "object: user_s, system_s, max_rss_bytes of the run; null: not ended",
+}
+"""What `list --json` prints of each VMR, and `result.json` holds. Keys may be added; none is removed, renamed or
+given another meaning."""
+
+
 class Table(NamedTuple):
     head: list[str]
     rows: list[list[str]]

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from vmr_agent.errors import Problem
 
@@ -106,23 +106,91 @@ def _port(text: str) -> str:
     return text
 
 
-# The name in the file, the field, and how its text is read.
-_OPTIONS: Mapping[str, tuple[str, Any]] = {
-    "launch_dir": ("launch_dir", _path),
-    "port": ("port", _port),
-    "state_dir": ("state_dir", _path),
-    "runtime_dir": ("runtime_dir", _path),
-    "schedule": ("schedule", _one_of(on=True, off=False)),
-    "start": ("start_auto", _one_of(host=False, auto=True)),
-    "settle": ("settle", _seconds),
-    "quiet": ("quiet", _seconds),
-    "spool_limit": ("spool_limit", _size),
-    "keep_files": ("keep_files", _size),
-    "max_reboots": ("max_reboots", _count),
-    "reboot_command": ("reboot_command", _command),
+@dataclass(frozen=True)
+class Option:
+    """One option of the file. What is written here is all that the manual, the example and `--help` say of it."""
+
+    field: str
+    parse: Callable[[str], Any]
+    value: str
+    """What may stand there, in a word."""
+    default: str
+    """As it would be written; empty: not set."""
+    help: str
+
+
+OPTIONS: Mapping[str, Option] = {
+    "launch_dir": Option("launch_dir", _path, "DIR", "/var/launch", "where VMRs are staged"),
+    "port": Option(
+        "port",
+        _port,
+        "PORT",
+        "org.vmr_agent.0",
+        "the virtio-serial port to the host: its name, a device's path or, to connect to a socket, unix:PATH",
+    ),
+    "state_dir": Option(
+        "state_dir", _path, "DIR", "/var/lib/vmr-agent", "runs, and output until the host has it"
+    ),
+    "runtime_dir": Option("runtime_dir", _path, "DIR", "/run/vmr-agent", "sockets"),
+    "schedule": Option(
+        "schedule",
+        _one_of(on=True, off=False),
+        "on|off",
+        "on",
+        "off: nothing starts by itself. Set it where FIREWHEEL's own handler executes the schedule, or each VMR "
+        "runs twice",
+    ),
+    "start": Option(
+        "start_auto",
+        _one_of(host=False, auto=True),
+        "host|auto",
+        "host",
+        "who sets time zero. auto: it is set as soon as the VM is configured, without a host",
+    ),
+    "settle": Option(
+        "settle", _seconds, "SECONDS", "0.02", "a VMR starts when nothing in it has changed for so long"
+    ),
+    "quiet": Option(
+        "quiet",
+        _seconds,
+        "SECONDS",
+        "10",
+        "the VM is configured when no negative time is left and nothing has changed for so long in VMRs that have "
+        "not run",
+    ),
+    "spool_limit": Option(
+        "spool_limit",
+        _size,
+        "SIZE",
+        "0",
+        "output kept in the VM, at most; a script that prints more waits until the host has some of it. 0: 1 GiB "
+        "or a tenth of the file system, the smaller",
+    ),
+    "keep_files": Option(
+        "keep_files",
+        _size,
+        "SIZE",
+        "1M",
+        "files up to this size are kept with each attempt, for vmr-agent diff. 0: none",
+    ),
+    "max_reboots": Option("max_reboots", _count, "N", "10", "reboots that one VMR may ask for"),
+    "reboot_command": Option(
+        "reboot_command",
+        _command,
+        "COMMAND",
+        "",
+        "how the VM is rebooted. Not set: systemctl reboot, and only where the port is a VM's",
+    ),
 }
+"""By the name in the file."""
+
 PATHS = ("launch_dir", "port", "state_dir", "runtime_dir")
-assert {field for field, _ in _OPTIONS.values()} == {field.name for field in fields(Settings)}
+assert {option.field for option in OPTIONS.values()} == {field.name for field in fields(Settings)}
+
+
+def variable(name: str) -> str:
+    """The environment variable for one of :data:`PATHS`, or for the path of the file (``config``)."""
+    return _ENVIRONMENT + name.upper()
 
 
 def load(
@@ -138,9 +206,9 @@ def load(
     for name, text in _read(path, must_exist=explicit is not None).items():
         values.update(_parse(name, text, f"{name} in {path}"))
     for name in PATHS:
-        variable = _ENVIRONMENT + name.upper()
-        if environment.get(variable):
-            values.update(_parse(name, environment[variable], variable))
+        named = variable(name)
+        if environment.get(named):
+            values.update(_parse(name, environment[named], named))
     for name, option in options.items():
         if option is not None:
             if name != "port" and not option.startswith("/"):
@@ -154,14 +222,14 @@ def load(
 
 
 def _from_environment(environment: Mapping[str, str]) -> Optional[Path]:
-    named = environment.get(_ENVIRONMENT + "CONFIG")
+    named = environment.get(variable("config"))
     return Path(named) if named else None
 
 
 def _parse(name: str, text: str, source: str) -> dict[str, Any]:
-    field, parse = _OPTIONS[name]
+    option = OPTIONS[name]
     try:
-        return {field: parse(text)}
+        return {option.field: option.parse(text)}
     except ValueError as error:
         raise Problem(f"cannot use {source} = {text!r}: {error}") from None
 
@@ -191,8 +259,8 @@ def _read(path: Path, *, must_exist: bool) -> Mapping[str, str]:
         return {}
     found = dict(parser["vmr-agent"])
     for name in found:
-        if name not in _OPTIONS:
+        if name not in OPTIONS:
             raise Problem(
-                f"cannot use {path}: unknown option {name!r}", hint="options: " + ", ".join(sorted(_OPTIONS))
+                f"cannot use {path}: unknown option {name!r}", hint="options: " + ", ".join(sorted(OPTIONS))
             )
     return found
