@@ -79,7 +79,7 @@ def script(world: World) -> Path:
 def test_logs_come_in_the_order_captured_with_the_daemon_down(world: World) -> None:
     # Two pipes have no order but that of their reading: each line waits until the one before is in the spool.
     spool = world.spool / "runs" / "-1" / "both" / "1"
-    seen = "until grep -q '^%s$' {}/%s; do sleep 0.01; done".format(spool)
+    seen = f"until grep -q '^%s$' {spool}/%s; do sleep 0.01; done"
     world.stage(
         "-1/both",
         "for i in 1 2 3 4 5; do echo out $i; "

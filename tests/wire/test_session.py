@@ -266,7 +266,9 @@ def test_unknown_and_malformed_messages_use_up_their_number_and_end_nothing() ->
 
 faults = st.lists(
     st.tuples(
-        st.sampled_from(["carry", "drop", "double", "flip", "junk", "reconnect_host", "reconnect_guest", "tick", "send"]),
+        st.sampled_from(
+            ["carry", "drop", "double", "flip", "junk", "reconnect_host", "reconnect_guest", "tick", "send"]
+        ),
         st.sampled_from(["guest", "host"]),
         st.integers(0, 10_000),
     ),
