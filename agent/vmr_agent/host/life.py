@@ -259,16 +259,17 @@ class Life:
 
     # --- recovery
 
-    def recover(self, *, trust: bool) -> None:
+    def recover(self, *, trust: bool, known: int = 0) -> bool:
         """Read what is held. What stands behind the last mark is checked against the raw files and kept up to
         the first record that fails; without ``trust`` (a sync failed: the page cache may hold what the disk
-        does not) all of it is dropped."""
+        does not) all of it is dropped. ``known`` is as good as a mark. True when anything behind it was kept."""
         self._journal = os.open(JOURNAL, os.O_RDWR | os.O_APPEND | NO_LINK, dir_fd=self._directory)
         size = os.fstat(self._journal).st_size
         begin = marked = self._load_checkpoint(size)
         for _, kind, content in read_records(self._journal, begin):
             if kind == Kind.MARK:
                 marked = MARK.unpack(content)[0]
+        marked = max(marked, known)
         self._size = begin
         crossed = False
         beginning = b""
@@ -299,6 +300,7 @@ class Life:
             self._mend(run)
             if run.durable is RunState.CLOSED:
                 self._finish(run)
+        return crossed and self._size > marked
 
     def _stands(self, kind: int, content: bytes) -> bool:
         if kind != Kind.OUTPUT:

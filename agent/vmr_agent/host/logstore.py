@@ -60,6 +60,8 @@ class LogStore:
         self._diverged = False
         self._life: Optional[Life] = None
         self._in_flight: Optional[Sync] = None
+        self._known = 0
+        """Up to here the journal is known to be durable, mark or not."""
         self._root = -1
         self._lock = -1
         try:
@@ -158,7 +160,8 @@ class LogStore:
         os.close(begun[0])
         life = Life(directory, begun[1], begun[2], self._log)
         try:
-            life.recover(trust=trust)
+            if life.recover(trust=trust, known=self._known) and trust:
+                self._settle(life)
         except BaseException:
             life.close()
             raise
@@ -170,6 +173,7 @@ class LogStore:
             self._sync_now(checkpoint=True)
             self._life.close()
             self._life = None
+        self._known = 0
         found = lives(self._root, self._segment)
         number = max([rendered_life(self._root, self._segment), *found.values()])
         if self._segment in found:
@@ -200,6 +204,23 @@ class LogStore:
             return f"{self._segment}~{number}", number
         finally:
             os.close(directory)
+
+    def _settle(self, life: Life) -> None:
+        """Make durable what an earlier collector left, before anything new comes to it.
+
+        It may have been acknowledged, on a mark that was lost with the power; so a sync that fails later must
+        not put it in doubt.
+        """
+        sync = life.begin_sync(self._root)
+        sync.sync()
+        sync.close()
+        if sync.error is not None:
+            raise sync.error
+        self._known = sync.covers
+        try:
+            life.finish_sync(sync)
+        except OSError as error:  # no room for a mark
+            self._failed = error
 
     @property
     def _current(self) -> Life:
