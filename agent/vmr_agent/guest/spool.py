@@ -101,10 +101,10 @@ def _read_row(path: Path) -> Optional[dict[str, Any]]:
     return row if isinstance(row, dict) else None
 
 
-def _write_durably(path: Path, row: Mapping[str, Any]) -> None:
+def _write_durably(path: Path, row: Mapping[str, Any], *, temporary: Optional[Path] = None) -> None:
     # Cut after writing, not before: exit.json.new has its block since the run's start, for the time when none
     # is to be had.
-    temporary = path.with_name(path.name + ".new")
+    temporary = temporary or path.with_name(path.name + ".new")
     data = json.dumps(row).encode() + b"\n"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -115,11 +115,12 @@ def _write_durably(path: Path, row: Mapping[str, Any]) -> None:
     finally:
         os.close(fd)
     temporary.rename(path)
-    _sync_directory(path.parent)
+    _sync(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    """A file, or the names in a directory."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -459,14 +460,22 @@ class Run:
     # -- what the daemon writes --
 
     def recover(self) -> None:
-        """Name what a shim made durable before it, or the power, went; for when nobody has the lock.
+        """Name what a shim wrote before it, or the power, went; for when nobody has the lock.
 
         Its renames are not synced, so a power cut may undo them; a torn record is none, since a shim goes on
-        only after the sync.
+        only after the sync. A whole one may lack that sync, or the sync have failed: it is written once more.
         """
         for temporary, name in (("starting", "started"), ("exit.json.new", "exit.json")):
-            if not (self.path / name).exists() and _read_row(self.path / temporary) is not None:
-                (self.path / temporary).rename(self.path / name)
+            path = self.path / temporary
+            row = None if (self.path / name).exists() else _read_row(path)
+            if row is None:
+                continue
+            if name == "started":
+                names = self.path.parent
+                runs = names.parent.parent
+                for directory in (names, names.parent, runs, runs.parent / "open"):
+                    _sync(directory)
+            _write_durably(self.path / name, row, temporary=path)
 
     def write_lost(self, reason: str, *, stdout: int, stderr: int, asks_reboot: bool = False) -> RunResult:
         """End a run that nobody saw ending; its end is the last sign of life that its files give."""
@@ -505,7 +514,7 @@ class Run:
             os.fsync(fd)
         finally:
             os.close(fd)
-        _sync_directory(self.path)
+        _sync(self.path)
 
     def remembered(self, key: str) -> bool:
         try:
@@ -675,6 +684,9 @@ class Spool(History):
                 raise Problem(f"cannot use {state_dir}: another vmr-agent has it") from None
             (state_dir / "open").mkdir(mode=0o700, exist_ok=True)
             (state_dir / "runs").mkdir(mode=0o700, exist_ok=True)
+            # A shim syncs what is below these two. Whoever made them may have been killed before this.
+            for directory in (state_dir, state_dir.parent):
+                _sync(directory)
             fs = os.statvfs(state_dir)
             self._open = self._repair_open()
         except OSError as error:
@@ -732,7 +744,7 @@ class Spool(History):
             if run is not None and run.info.run not in self._open:
                 self._link(run.info)
                 self._open[run.info.run] = run
-        _sync_directory(self.path / "open")
+        _sync(self.path / "open")
         self._new_id()
         self._settled, self._prunable, self._survey = 0, [], None
 
@@ -768,7 +780,7 @@ class Spool(History):
         for name in ("open", "runs"):
             shutil.rmtree(self.path / name)
             (self.path / name).mkdir(mode=0o700)
-        _sync_directory(self.path)
+        _sync(self.path)
         for run in self._open.values():
             run.close_fds()
         self._id, self._zero, self._full = b"", None, False
