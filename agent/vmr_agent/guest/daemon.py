@@ -309,8 +309,9 @@ class Daemon:
         entry = self._roster.get(name)
         if known is None and entry is not None and entry.latest is not None:
             self._watcher.done(name)
-            for run in entry.unfinished.values():
-                self._follow(run)
+            for run in (entry.latest, *entry.unfinished.values()):
+                if run.closed() is None:
+                    self._follow(run)
 
     # --- the schedule ---
 
