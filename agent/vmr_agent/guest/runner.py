@@ -30,6 +30,8 @@ _AGAIN_S = 1.0  # between two orders of one run, and two starts of a fork server
 
 
 def fork_server_command() -> list[str]:
+    if getattr(sys, "frozen", False):  # a bundle has no interpreter to name; see packaging/bundle/entry.py
+        return [sys.executable, "fork-server"]
     # By path: -I -S leave no package to import it from, and -m would import ours.
     return [sys.executable, "-I", "-S", "-E", os.fspath(Path(forkserver.__file__).resolve())]
 
