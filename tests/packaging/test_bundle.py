@@ -33,7 +33,7 @@ def test_a_script_sees_a_clean_environment_and_the_systems_own_libraries(
 ) -> None:
     vmr = tmp_path / "launch" / "-1" / "env"
     vmr.mkdir(parents=True)
-    (vmr / "call_arguments.sh").write_text("#!/bin/sh\ncat /proc/self/environ\n")
+    (vmr / "call_arguments.sh").write_text("#!/bin/sh\ncat /proc/$$/environ\n")
     (vmr / "call_arguments.sh").chmod(0o755)
     program = bundle / "program" / "vmr-agent"
     paths = [f"--{name}-dir={tmp_path / name}" for name in ("launch", "state", "runtime")]
