@@ -416,6 +416,15 @@ def test_under_the_limit_nothing_is_touched(spool: Spool) -> None:
     assert [run.pruned(Stream.STDOUT) for run in runs] == [0, 0]
 
 
+def test_the_tails_of_what_the_host_has_whole_go_too_before_scripts_wait_for_ever(state: Path) -> None:
+    spool = Spool(state, limit=KEPT_TAIL * 8)
+    for run in fill(spool, 12, KEPT_TAIL):
+        spool.release(run)
+    for _ in range(3):
+        full = spool.enforce({})
+    assert not full and spool.usage() < KEPT_TAIL * 8
+
+
 def test_over_the_limit_the_oldest_acked_bytes_go_first(state: Path) -> None:
     spool = Spool(state, limit=3 * MIB)
     runs = fill(spool, 4, MIB)

@@ -50,7 +50,7 @@ from vmr_agent.runs import (
 RECORD = struct.Struct("<QQIB3x")  # one read in `index`: offset, wall clock ns, length, stream
 _RECORDS_AT_ONCE = 170  # just under one page
 
-KEPT_TAIL = 64 * 1024  # never pruned: the host compares the CRC of its last 64 KiB with ours
+KEPT_TAIL = 64 * 1024  # pruned last: the host compares the CRC of its last 64 KiB with ours
 _PUNCH_UNIT = 4096
 _SMALL_FILES = 5 * 4096  # the blocks of run.json, started, exit.json and two directories, near enough
 _DEFAULT_LIMIT = 1 << 30
@@ -545,7 +545,7 @@ class Run:
                 self._kept = sum(info.st_blocks * 512 // max(1, info.st_nlink) for info in infos)
         return self._kept
 
-    def prune(self, acked: Lengths, *, whole: bool) -> None:
+    def prune(self, acked: Lengths, *, whole: bool, tail: int = KEPT_TAIL) -> None:
         """Give back the blocks of acked bytes, all but each stream's tail; offsets stay what they are.
 
         `whole`: the host has all of it, so the index may go too, and where the file system can't punch holes
@@ -558,7 +558,7 @@ class Run:
         try:
             for stream in Stream:
                 with contextlib.suppress(FileNotFoundError):
-                    upto = min(acked.of(stream), os.fstat(self.fd(stream)).st_size - KEPT_TAIL)
+                    upto = min(acked.of(stream), os.fstat(self.fd(stream)).st_size - tail)
                     if upto - self._punched.get(stream, 0) >= _PUNCH_UNIT:
                         _punch(self.path / stream.filename, upto)
                         self._punched[stream] = upto
@@ -702,7 +702,8 @@ class Spool(History):
         self._full = (state_dir / "full").exists()
         # The survey counts what was whole before this daemon; release() counts what was open or came later.
         self._settled = 0
-        self._prunable: list[tuple[int, str]] = []
+        # (whether only tails are left to prune, when it was made, where it is), the next to prune first.
+        self._prunable: list[tuple[bool, int, str]] = []
         self._not_surveyed = {os.fspath(run.path) for run in self._open.values()}
         self._survey: Optional[Iterator[Path]] = self._every_directory()
 
@@ -972,29 +973,41 @@ class Spool(History):
 
     def _count_settled(self, run: Run) -> None:
         self._settled += run.usage()
-        if max(run.lengths()) > KEPT_TAIL or run.kept_bytes():
-            heapq.heappush(self._prunable, (run.info.created_ns, os.fspath(run.path)))
+        longest = max(run.lengths())
+        if longest >= _PUNCH_UNIT or run.kept_bytes():
+            only_tails = longest <= KEPT_TAIL and not run.kept_bytes()
+            heapq.heappush(self._prunable, (only_tails, run.info.created_ns, os.fspath(run.path)))
         run.close_fds()
 
     def _prune(self, acked: Mapping[RunId, Lengths], excess: int) -> None:
-        for _ in range(_PRUNE_STEP):
-            if excess <= 0 or not self._prunable:
-                break
-            run = self._load(Path(heapq.heappop(self._prunable)[1]))
-            final = run.closed() if run is not None else None
-            if run is not None and final is not None:
-                before = run.usage()
-                with contextlib.suppress(OSError):
-                    run.prune(final, whole=True)
-                freed = before - run.usage()
-                self._settled -= freed
-                excess -= freed
-                run.close_fds()
+        excess = self._prune_settled(excess, tails=False)
         for run in self.open_runs():
             if excess <= 0:
                 break
             if run.info.run in acked:
                 before = run.usage()
                 with contextlib.suppress(OSError):
-                    run.prune(acked[run.info.run], whole=False)
+                    run.prune(acked[run.info.run], whole=False, tail=KEPT_TAIL)
                 excess -= before - run.usage()
+        # Before scripts wait for ever. After time travel these are gaps.
+        self._prune_settled(excess, tails=True)
+
+    def _prune_settled(self, excess: int, *, tails: bool) -> int:
+        """Prune what the host has whole, oldest first; returns how much is still too much."""
+        for _ in range(_PRUNE_STEP):
+            if excess <= 0 or not self._prunable or self._prunable[0][0] > tails:
+                break
+            only_tails, created_ns, path = heapq.heappop(self._prunable)
+            run = self._load(Path(path))
+            final = run.closed() if run is not None else None
+            if run is not None and final is not None:
+                before = run.usage()
+                with contextlib.suppress(OSError):
+                    run.prune(final, whole=True, tail=0 if only_tails else KEPT_TAIL)
+                if not only_tails and max(final) >= _PUNCH_UNIT:
+                    heapq.heappush(self._prunable, (True, created_ns, path))
+                freed = before - run.usage()
+                self._settled -= freed
+                excess -= freed
+                run.close_fds()
+        return excess
