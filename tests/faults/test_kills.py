@@ -109,7 +109,12 @@ def run_under_kills(world: World, seed: int, *, lines: int, strikes: int, pause:
         killer.strike()
     history = ", ".join(killer.said)
     for vmr in [*SMALL, *LARGE]:
-        row = world.complete(vmr, limit=30.0)
+        try:
+            row = world.complete(vmr)
+        except AssertionError as error:
+            assert world.daemon is not None and world.collector is not None
+            ended = f"daemon {world.daemon.poll()}, collector {world.collector.poll()}"
+            raise AssertionError(f"{history}; ended: {ended}; {error}") from None
         assert (row["exit_code"], row["attempt"], row["gaps"]) == (0, 1, []), history
         assert not (world.logs / "Server" / vmr / "2").exists(), f"it ran twice: {history}"
     texts = {(vmr, 1): f"{vmr}\n".encode() for vmr in SMALL}

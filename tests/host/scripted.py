@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -73,12 +74,14 @@ class Host:
         self.process.wait()
 
     def stop(self) -> None:
+        """End it, and leave nothing behind."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
                 self.process.wait(LIMIT)
             except subprocess.TimeoutExpired:
                 self.kill()
+        shutil.rmtree(self.sockets)
 
     def said(self) -> str:
         return (self.path / "collector.log").read_bytes().decode("utf-8", "backslashreplace")
