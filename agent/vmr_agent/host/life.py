@@ -286,6 +286,7 @@ class Life:
             self._size = behind
         if not crossed:
             self._all_durable()
+        self._write_again(marked)
         if self._size < size:
             self._log(f"the journal's last {size - self._size} bytes did not become durable and are cut off")
             os.ftruncate(self._journal, self._size)
@@ -310,7 +311,26 @@ class Life:
             fd = self._raw(self._runs[run_id], Stream(stream), os.O_RDWR)
         except (OSError, KeyError):
             return False
-        return bool(zlib.crc32(os.pread(fd, length, offset)) == crc)
+        data = os.pread(fd, length, offset)
+        if zlib.crc32(data) != crc:
+            return False
+        write_all(fd, data, offset)  # as in _write_again()
+        return True
+
+    def _write_again(self, begin: int) -> None:
+        """Write the journal from the last mark's reach on in its own place.
+
+        Where a sync failed the page cache may have what the disk never will, in pages called clean: a mark like
+        that would stand between what is durable and what comes.
+        """
+        data = os.pread(self._journal, self._size - begin, begin)
+        if data:
+            fd = os.open(JOURNAL, os.O_WRONLY | NO_LINK, dir_fd=self._directory)
+            try:
+                write_all(fd, data, begin)
+            finally:
+                os.close(fd)
+            self.files.add(JOURNAL)
 
     def _replay(self, kind: int, content: bytes) -> None:
         if kind == Kind.OUTPUT:
