@@ -148,15 +148,19 @@ OPTIONS: Mapping[str, Option] = {
         "who sets time zero. auto: it is set as soon as the VM is configured, without a host",
     ),
     "settle": Option(
-        "settle", _seconds, "SECONDS", "0.02", "a VMR starts when nothing in it has changed for so long"
+        "settle",
+        _seconds,
+        "SECONDS",
+        "0.02",
+        "for so many seconds nothing in a VMR may change before it starts",
     ),
     "quiet": Option(
         "quiet",
         _seconds,
         "SECONDS",
         "10",
-        "the VM is configured when no negative time is left and nothing has changed for so long in VMRs that have "
-        "not run",
+        "the VM is configured when no negative time is left and nothing has changed for so many seconds in VMRs "
+        "that have not run",
     ),
     "spool_limit": Option(
         "spool_limit",
