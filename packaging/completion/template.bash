@@ -123,15 +123,14 @@
     kind=${kind%\*}
     [[ $kind == source && $cur == *=* ]] && head+=${cur%%=*}= cur=${cur#*=} kind=file
     [[ $kind == vmr && $cur == [./~]* ]] && kind=directory
+    COMPREPLY=()
     case $kind in
         file | directory)
             compopt -o filenames 2>/dev/null
-            COMPREPLY=()
             while IFS= read -r each; do
                 full=$head$each
                 COMPREPLY+=("${full:cut}")
             done < <(if [[ $kind == file ]]; then compgen -f -- "$cur"; else compgen -d -- "$cur"; fi)
-            return
             ;;
 #@guest
         vmr) @prefix@_names ;;
@@ -143,8 +142,6 @@
         signal) found+=(@signals@) ;;
         =*) found+=(${kind//[=,]/ }) ;;
     esac
-
-    COMPREPLY=()
     for each in "${found[@]}" "${names[@]}"; do
         full=$head$each
         [[ $full == "$head$cur"* ]] || continue

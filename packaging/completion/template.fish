@@ -104,7 +104,7 @@ function _@prefix@
     end
     set kind (string replace '*' '' -- "$kind")
     if test "$kind" = source; and string match -q -- '*=*' $cur
-        set head $head(string replace -r '=.*' '=' -- $cur)
+        set head "$head"(string replace -r '=.*' '=' -- $cur)
         set cur (string replace -r '^.*?=' '' -- $cur)
         set kind file
     end

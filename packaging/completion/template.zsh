@@ -112,7 +112,7 @@
         vm) @prefix@_names; _wanted vms expl VM compadd -a names ;;
 #@end
         signal) _wanted signals expl signal compadd @signals@ ;;
-        =*) _wanted values expl value compadd ${(s:,:)kind#=} ;;
+        '='*) _wanted values expl value compadd ${(s:,:)kind#=} ;;
     esac
 }
 

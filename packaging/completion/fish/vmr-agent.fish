@@ -349,7 +349,7 @@ function __vmr_agent
     end
     set kind (string replace '*' '' -- "$kind")
     if test "$kind" = source; and string match -q -- '*=*' $cur
-        set head $head(string replace -r '=.*' '=' -- $cur)
+        set head "$head"(string replace -r '=.*' '=' -- $cur)
         set cur (string replace -r '^.*?=' '' -- $cur)
         set kind file
     end

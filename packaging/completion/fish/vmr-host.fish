@@ -238,7 +238,7 @@ function __vmr_host
     end
     set kind (string replace '*' '' -- "$kind")
     if test "$kind" = source; and string match -q -- '*=*' $cur
-        set head $head(string replace -r '=.*' '=' -- $cur)
+        set head "$head"(string replace -r '=.*' '=' -- $cur)
         set cur (string replace -r '^.*?=' '' -- $cur)
         set kind file
     end
