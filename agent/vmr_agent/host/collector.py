@@ -195,10 +195,11 @@ class Guest:
         self._strange_since = None
         if not self._strange_said:
             self._strange_said = True
-            self.say(
-                f"{self.chardev.path} says no Hello ({self._garbage:,} bytes of something else);"
-                " is it the vmr-agent port's socket?"
-            )
+            if self._garbage:
+                said = f"says no Hello ({self._garbage:,} bytes of something else)"
+                self.say(f"{self.chardev.path} {said}; is it the vmr-agent port's socket?")
+            else:
+                self.say(f"{self.chardev.path} says nothing yet: the VM boots, or runs no vmr-agent")
 
     @property
     def _garbage(self) -> int:
@@ -414,7 +415,7 @@ class Collector:
             self._start_renderer()
             for guest in self.guests.values():
                 guest.chardev.start()
-            say(f"collecting from {len(self.guests)} VMs into {self._log_dir}")
+            say(f"collecting from {len(self.guests)} VM{'s' * (len(self.guests) != 1)} into {self._log_dir}")
             tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._sweeps())]
             stopped = asyncio.create_task(self._stop.wait())
             done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
