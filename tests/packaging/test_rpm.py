@@ -42,6 +42,10 @@ def test_they_hold_what_they_should_and_ask_for_what_they_need(rpms: dict[str, P
     assert "/usr/share/vmr-agent/vmr_agent/guest/shim.py" in files["vmr-agent"]
     assert not [each for each in files["vmr-agent"] if "/vmr_agent/host" in each or "__pycache__" in each]
     assert not [each for each in files["vmr-host"] if "/vmr_agent/guest" in each or "__pycache__" in each]
+    for name in rpms:
+        assert f"/usr/share/man/man1/{name}.1.gz" in files[name]
+        assert f"/usr/share/bash-completion/completions/{name}" in files[name]
+    assert "/usr/share/man/man5/vmr-agent.conf.5.gz" in files["vmr-agent"]
     assert needs["vmr-agent"] >= {"python3", "python3-msgpack", "python3-psutil", "python3-watchdog"}
     assert needs["vmr-host"] & {"python3-psutil", "python3-watchdog"} == set()
 

@@ -1,4 +1,4 @@
-"""The wheel: the package and nothing else, the same bytes each time, and all that a venv needs."""
+"""The wheel: the package, its manual and nothing else, the same bytes each time, and all that a venv needs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(export(place / "source"), place / "out")
 
 
-def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_it_holds_the_package_its_manual_and_completion_and_nothing_else(wheel: Path) -> None:
     package = sources() / "agent"
     files = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name and not name.startswith(".")}
@@ -46,8 +46,14 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
     version = wheel.name.split("-")[1]
     info = f"vmr_agent-{version}.dist-info"
     about = {"METADATA", "WHEEL", "entry_points.txt", "licenses/LICENSE", "RECORD"}
+    pages = {"man/man1/vmr-agent.1", "man/man1/vmr-host.1", "man/man5/vmr-agent.conf.5"}
+    for name in ("vmr-agent", "vmr-host"):
+        pages |= {f"bash-completion/completions/{name}", f"zsh/site-functions/_{name}"}
+        pages.add(f"fish/vendor_completions.d/{name}.fish")
+    shared = f"vmr_agent-{version}.data/data/share"
     with zipfile.ZipFile(wheel) as archive:
-        assert set(archive.namelist()) == files | {f"{info}/{name}" for name in about}
+        found = set(archive.namelist())
+    assert found == files | {f"{info}/{name}" for name in about} | {f"{shared}/{name}" for name in pages}
 
 
 def test_built_twice_it_is_the_same(wheel: Path, tmp_path: Path) -> None:
