@@ -97,9 +97,9 @@ acknowledged the VMs keep, and send when a collector runs again.
 
 Time zero is set by vmr-host start, or by itself with --expect.
 """,
-        Example("vmr-host collect --log-dir /scratch/vm_resource_logs Server=/tmp/server.sock", "one VM"),
+        Example("vmr-host collect --log-dir logs Server=/tmp/server.sock", "one VM"),
         Example(
-            "vmr-host collect --log-dir logs --expect 2 A=/tmp/a.sock B=/tmp/b.sock",
+            "vmr-host collect --log-dir logs --expect 2 A=a.sock B=b.sock",
             "two; when both are configured, the experiment starts 60 s later",
         ),
     )
