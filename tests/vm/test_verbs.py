@@ -1,8 +1,8 @@
 """Every verb in a real VM, spelled as people spell it: the guest's typed at the serial console, the host's over the
 real port.
 
-One VM for all, and the tests go by its story: each begins where the one before ended. What a verb does in each odd case is
-held by the e2e tests; here it is seen to work where it will be used.
+One VM for all, and the tests go by its story: each begins where the one before ended. What a verb does in each odd
+case is held by the e2e tests; here it is seen to work where it will be used.
 """
 
 from __future__ import annotations
