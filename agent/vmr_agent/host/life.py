@@ -212,6 +212,10 @@ class Life:
             acks.append(messages.Ack(run.message.run, int(state), stdout, stderr))
         return acks
 
+    def seal(self) -> None:
+        """Make the last mark durable: no recovery will ever set another, and what is behind it is never shown."""
+        os.fdatasync(self._journal)
+
     def _finish(self, run: HeldRun) -> None:
         """Forget all of a run but its label."""
         if self._runs.pop(run.message.run, None) is not None:

@@ -171,6 +171,7 @@ class LogStore:
     def _begin_life(self, spool: bytes, wall_ns: int) -> bool:
         if self._life is not None:
             self._sync_now(checkpoint=True)
+            self._life.seal()
             self._life.close()
             self._life = None
         self._known = 0
