@@ -8,6 +8,7 @@ It must not know: sockets, sessions, what a journal or a log holds.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import select
@@ -130,6 +131,11 @@ class Renderer:
                 self._changed.discard(logs.vm)
         except OSError as error:
             self._report("all VMs", error)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                # The kernel calls clean what it failed to write: from the last note on it is to be written anew.
+                for logs in due:
+                    logs.reset()
+                    self._waiting.add(logs.vm)
         else:
             self._report("all VMs", None)
 

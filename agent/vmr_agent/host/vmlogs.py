@@ -194,6 +194,7 @@ class VmLogs:
             self.sync_logs()
             self.write_note(sync=True)
             self.commit_note()
+            os.fsync(self._root)  # a log that outlives its first note would be rendered twice
             return True
         except ValueError:
             raise self._bad_note() from None
@@ -435,7 +436,9 @@ class VmLogs:
             stream = Stream(message.stream)
             line = run.lines[stream]
             self._show_rest(run, stream)
-            self._say(firewheel_log.gap_line(line.ns or run.message.started + self._skew, run.origin, message))
+            self._say(
+                firewheel_log.gap_line(line.ns or run.message.started + self._skew, run.origin, message)
+            )
             line.start = line.seen = message.offset + message.length
             line.after_return = line.cut = False
             self._show_exit(run)
