@@ -298,9 +298,8 @@ def test_watch_runs_again_on_each_save(tutorial: World) -> None:
         assert re.search(r"\x1b\[1mattempt 2 of -4/compress.py, \d\d:\d\d:\d\d\x1b\[m\n", terminal.text)
         save(script(tutorial), FIXED)
         terminal.shows("attempt 3 exited with code 0 after")
-        assert re.search(
-            r"attempt 3 of -4/compress.py, \d\d:\d\d:\d\d: compress.py changed\x1b", terminal.text
-        )
+        # On a busy machine it may be seen while the editor is at it, with another word than "changed".
+        assert re.search(r"attempt 3 of -4/compress.py, \d\d:\d\d:\d\d: .*compress.py", terminal.text)
         terminal.shows("-4/compress.py changed since staging: vmr-host pull -4/compress.py/compress.py ")
         script(tutorial).write_text(FIXED + "print('in place')\n")
         terminal.shows("attempt 4 exited with code 0 after")

@@ -142,7 +142,7 @@ def test_every_flipped_bit_is_noticed() -> None:
         assert joined(found) == [len(frame), b"next"], bit
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(streams, st.lists(st.integers(1, 200), min_size=1, max_size=20))
 @example(head(9) * 3, [1])
 @example(encode(b"a") + head(32_762) + encode(b"b") * 3, [5])

@@ -308,7 +308,7 @@ def outcome(payload: bytes) -> Any:
     return envelope
 
 
-@settings(max_examples=1000)
+@settings(max_examples=1000, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes(payload: bytes) -> None:
     outcome(payload)

@@ -6,7 +6,7 @@ the journal up to the last mark never shows what could be taken back.
 
 Where a write or a sync fails OSError comes out, and from then on what isn't durable counts as not held: the
 caller ends the session and, a moment later, begins another, so that the guest sends it again.
-It must not know: sockets, sessions, log lines, when to sync.
+It must not know: sockets, sessions, log lines, when to sync. Just over 400 lines, most of them the lives' beginnings.
 """
 
 from __future__ import annotations
