@@ -19,6 +19,7 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+@pytest.mark.long  # where it has to be installed first
 def test_lintian_finds_nothing() -> None:
     install = ["apt-get", "-qqy", "--no-install-recommends", "install", "lintian"]
     debs()  # as root this brings apt's lists up to date where it needs to
