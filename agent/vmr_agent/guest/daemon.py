@@ -649,10 +649,12 @@ class Daemon:
     def _diverge(self, reason: str) -> None:
         """Time travel: the VM was restored from a snapshot. All is offered again, under another spool id."""
         self._log(f"this VM has been set back in time ({reason}): beginning a new life")
-        self._spool.new_life()
-        self._shipper.clear()
-        for run in self._spool.open_runs():
-            self._shipper.add(run)
+        try:
+            self._spool.new_life()
+            self._shipper.clear()
+        finally:  # where it fails some runs have their links again all the same, and only the host ends these
+            for run in self._spool.open_runs():
+                self._shipper.add(run)
         self._take(self._session.renew(boottime(), "a new life"))
 
     def _take_request(self, request: messages.Request) -> None:
