@@ -31,7 +31,13 @@ PARALLEL = ["-n", "4", "--dist", "worksteal"]
 
 
 def lane(
-    name: str, requirements: list[str], arguments: list[str], *, python: str = sys.executable, title: str = ""
+    name: str,
+    requirements: list[str],
+    arguments: list[str],
+    *,
+    python: str = sys.executable,
+    title: str = "",
+    module: str = "pytest",
 ) -> int:
     title = f"{name}, {title}" if title else name
     print(f"\n== {title}", flush=True)
@@ -39,7 +45,7 @@ def lane(
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [python, str(ROOT / "packaging" / "with_venv.py"), name, *requirements, "--"]
     status = subprocess.run(
-        [*command, "python", "-m", "pytest", *arguments], cwd=ROOT, env=environment
+        [*command, "python", "-m", module, *arguments], cwd=ROOT, env=environment
     ).returncode
     print(
         f"== {name}: {'passed' if status == 0 else f'FAILED ({status})'} in {time.monotonic() - began:.0f} s"
@@ -71,8 +77,11 @@ def install_tools() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/run", description=__doc__)
     parser.add_argument("--long", action="store_true", help="the big counts too")
+    parser.add_argument("--sim", type=int, metavar="SEED", help="show one simulated history, line by line")
     parser.add_argument("pytest", nargs="*", help="after --: arguments for pytest")
     args = parser.parse_args()
+    if args.sim is not None:
+        raise SystemExit(lane("newest", NEWEST, [str(args.sim)], module="tests.sim.run"))
     if args.pytest:
         raise SystemExit(lane("newest", NEWEST, args.pytest))
     install_tools()

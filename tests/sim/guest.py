@@ -1,0 +1,749 @@
+"""What lives here: a VM: the guest's real daemon and its real shims on a simulated kernel, and the scripts they run.
+
+The daemon's own methods are called in the order of its loop; each shim is `guest.shim`'s own code in a task. Played
+are what is below or beside them: the fork server (an order in, a shim out), the scripts, inotify, the port.
+"""
+
+from __future__ import annotations
+
+import fcntl as real_fcntl
+import os as real_os
+import resource as real_resource
+import stat
+import types
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Callable, Optional
+
+from tests.sim import tasks
+from tests.sim.channel import Channel, Port
+from tests.sim.disk import Directory, Disk, File
+from tests.sim.kernel import Killed, Locks, Pipe, Process, make_path, rmtree
+from tests.sim.tasks import SECOND, Task, Time
+from vmr_agent.errors import Problem
+from vmr_agent.guest import daemon, runner, shim, spool, watcher
+from vmr_agent.guest.events import Hints
+from vmr_agent.guest.settings import Settings
+from vmr_agent.runs import Stream
+
+STATE, LAUNCH = "/var/state", "/var/launch"
+KICKS = 10  # datagrams a socket's queue holds by default
+
+_the: dict[str, Process] = {}
+Path: Any = make_path(lambda: _the["daemon"])
+
+
+class Script:
+    """The script's process, and what it really wrote: the truth all is compared with."""
+
+    def __init__(self, vm: Vm, shim_task: Shim, pid: int, pipes: list[Pipe]) -> None:
+        self.vm = vm
+        self.world = vm.world
+        self.shim = shim_task
+        self.pid = pid
+        self.go, self.failed = pipes[2], pipes[3]
+        self.pipes = {Stream.STDOUT: pipes[0], Stream.STDERR: pipes[1]}
+        self.vmr, self.attempt, self.run = shim_task.vmr, shim_task.attempt, shim_task.run
+        self.alive = True
+        self.executes = False
+        self.boot = vm.boot
+        self.timeline = vm.timeline
+        self.written = {Stream.STDOUT: bytearray(), Stream.STDERR: bytearray()}
+        self.steps: list[tuple[Any, ...]] = []
+        self._waits = False
+        for pipe in (*self.pipes.values(), self.failed):
+            pipe.writers += 1
+        self.go.readers += 1
+
+    def look(self) -> None:
+        """Whether it is let go, or has to give up."""
+        if not self.alive or self.executes:
+            return
+        if b"g" in self.go.data:
+            number = self.world.executed(self)
+            if number:
+                self.failed.data += number.to_bytes(4, "little")
+                self._end(127 << 8)
+            else:
+                self.executes = True
+                self.world.clock.after(self.world.dice.random() * 0.002, self._step)
+            self._drop(self.failed)
+            self.shim.task.wake()
+        elif not self.go.writers:
+            self._end(0)
+
+    def _drop(self, pipe: Pipe) -> None:
+        pipe.writers -= 1
+
+    def kill(self, number: int) -> None:
+        if self.alive and self.executes:
+            self._end(number)
+        elif self.alive:
+            self.alive = False
+
+    def gone(self) -> None:
+        """With its VM."""
+        self.alive = False
+
+    def poke(self) -> None:
+        """There is room in a pipe."""
+        if self._waits:
+            self._waits = False
+            self.world.clock.after(self.world.dice.random() * 0.001, self._step)
+
+    def _step(self) -> None:
+        if not self.alive:
+            return
+        if not self.steps:
+            self._end(0)
+            return
+        what, *args = self.steps[0]
+        if what == "write":
+            stream, data = args
+            pipe = self.pipes[stream]
+            if not pipe.readers:
+                self._end(13)  # SIGPIPE
+                return
+            taken = data[: max(0, pipe.capacity - len(pipe.data))]
+            pipe.data += taken
+            self.written[stream] += taken
+            if taken:
+                self.shim.task.wake()
+            if len(taken) < len(data):
+                self.steps[0] = ("write", stream, data[len(taken) :])
+                self._waits = True
+                return
+            self.steps.pop(0)
+            self.world.clock.after(self.world.dice.random() * 0.002, self._step)
+            return
+        self.steps.pop(0)
+        if what == "sleep":
+            self.world.clock.after(args[0], self._step)
+        elif what == "reboot file":
+            self.vm.put(f"{LAUNCH}/{real_os.fsdecode(self.vmr)}/reboot", b"")
+            self.world.clock.after(0.001, self._step)
+        elif what == "leave":
+            self._leave(*args)
+        elif what == "exit":
+            self._end(args[0] << 8)
+
+    def _leave(self, seconds: float, data: bytes) -> None:
+        """Leave a child behind that holds stdout, and writes to it before it ends."""
+        pipe = self.pipes[Stream.STDOUT]
+        pipe.writers += 1
+        boot = self.vm.boot
+
+        def end() -> None:
+            if self.vm.boot == boot and pipe.writers:
+                if pipe.readers:
+                    taken = data[: max(0, pipe.capacity - len(pipe.data))]
+                    pipe.data += taken
+                    self.written[Stream.STDOUT] += taken
+                pipe.writers -= 1
+                self.shim.task.wake()
+
+        self.world.clock.after(seconds, end)
+        self.world.clock.after(0, self._step)
+
+    def _end(self, status: int) -> None:
+        self.alive = False
+        for pipe in self.pipes.values():
+            self._drop(pipe)
+        if self.executes:
+            self.world.ended(self, status)
+        self.shim.process.child_ended(self.pid, status)
+        self.shim.task.wake()
+
+
+class ShimProcess(Process):
+    """A shim's `os`."""
+
+    shim: Shim
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pipes: list[Pipe] = []
+        self.wakeup_fd = -1
+        self.zombies: list[tuple[int, int]] = []
+        self.script: Optional[Script] = None
+
+    def pipe(self) -> tuple[int, int]:
+        self.enter()
+        stream = len(self.pipes) in (1, 2)
+        pipe = Pipe(self.shim.vm.pipe_capacity if stream else 65_536)
+        self.pipes.append(pipe)
+        return self.give_pipe(pipe)
+
+    def fork(self) -> int:
+        self.enter()
+        _, stdout, stderr, go, failed = self.pipes
+        self.script = Script(self.shim.vm, self.shim, self.shim.vm.next_pid(), [stdout, stderr, go, failed])
+        self.shim.vm.scripts[self.script.pid] = self.script
+        return self.script.pid
+
+    def read_pipe(self, pipe: Pipe, most: int) -> bytes:
+        while pipe is self.pipes[-1] and not pipe.data and pipe.writers:
+            self.shim.task.block()  # `failed`, the only one that blocks
+        data = super().read_pipe(pipe, most)
+        if self.script is not None:
+            self.script.poke()
+        return data
+
+    def write(self, fd: int, data: Any) -> int:
+        count = super().write(fd, data)
+        self._tell_script()
+        return count
+
+    def close(self, fd: int) -> None:
+        super().close(fd)
+        self._tell_script()
+
+    def die(self) -> None:
+        super().die()
+        self._tell_script()
+        if self.script is not None:
+            self.script.poke()  # to SIGPIPE
+
+    def _tell_script(self) -> None:
+        if self.script is not None and not self.script.executes:
+            self.script.look()
+
+    def child_ended(self, pid: int, status: int) -> None:
+        self.zombies.append((pid, status))
+        opened = self.fds.get(self.wakeup_fd)
+        if opened is not None and isinstance(opened.node, Pipe):
+            opened.node.data += b"\x11"
+
+    def wait4(self, pid: int, options: int) -> tuple[int, int, Any]:
+        self.enter()
+        usage = types.SimpleNamespace(ru_utime=0.25, ru_stime=0.125, ru_maxrss=1234)
+        if not self.zombies:
+            return 0, 0, usage
+        return (*self.zombies.pop(0), usage)
+
+    def waitpid(self, pid: int, options: int) -> tuple[int, int]:
+        self.enter()
+        return pid, 0
+
+
+class Shim:
+    """One shim: `guest.shim`'s code, in a task."""
+
+    def __init__(self, vm: Vm, order: list[bytes]) -> None:
+        self.vm = vm
+        self.order = order
+        self.run = bytes.fromhex(order[0].decode())
+        self.vmr, self.attempt = order[3], int(order[4])
+        self.process = ShimProcess(vm.disk, vm.locks, pid=vm.next_pid(), urandom=vm.world.random_bytes)
+        self.process.shim = self
+        self.task = Task(vm.world.clock, self.process, self._activate)
+        self._modules = {
+            "os": self.process,
+            "time": Time(vm.world.clock, vm, self.task),
+            "select": tasks.select_module(self.task),
+            "fcntl": fcntl_of(self.process),
+            "signal": types.SimpleNamespace(
+                SIGCHLD=17, signal=lambda *_: None, set_wakeup_fd=self._wakeup_fd, SIG_SETMASK=2
+            ),
+            "resource": real_resource,
+        }
+        vm.world.maybe_trap(self.process, "shim", self.pause)
+        self.task.start(self._main)
+
+    def _wakeup_fd(self, fd: int, *, warn_on_full_buffer: bool = True) -> None:
+        self.process.wakeup_fd = fd
+
+    def _activate(self) -> None:
+        vars(shim).update(self._modules)
+
+    def pause(self, seconds: float) -> None:
+        self.task.sleep(seconds)
+
+    def _main(self) -> None:
+        """As shim.main(), without what a process does to itself."""
+        try:
+            self.process.chdir(self.order[1])
+        except OSError:
+            return
+        try:
+            shim.Shim(self.order, self.vm.kicks).run()  # type: ignore[arg-type]
+        except shim.Waits as no:
+            shim._note("blocked", str(no))
+        except Exception as bug:
+            if not isinstance(bug, OSError):
+                raise
+            self.vm.world.say(f"a shim failed: {bug!r}")
+            shim._note("failed", f"{type(bug).__name__}: {bug}")
+
+    def kill(self) -> None:
+        self.process.die()
+        if not self.task.done:
+            self.vm.world.clock.after(0, self.task.resume) if self.task.waits else None
+            self.task.waits = False
+
+
+def fcntl_of(process: Process) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        flock=process.flock,
+        lockf=process.lockf,
+        fcntl=process.fcntl,
+        **{name: getattr(real_fcntl, name) for name in dir(real_fcntl) if name.startswith(("LOCK_", "F_"))},
+    )
+
+
+class Kicks:
+    """The daemon's datagram socket."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+        self.queue: list[bytes] = []
+
+    def sendto(self, data: bytes, path: bytes) -> None:
+        if self.vm.daemon is None:
+            raise ConnectionRefusedError(111, "Connection refused")
+        if len(self.queue) >= KICKS:
+            raise BlockingIOError(11, "full")
+        self.queue.append(data)
+        self.vm.wake()
+
+    def recv(self, most: int) -> bytes:
+        if not self.queue:
+            raise BlockingIOError(11, "empty")
+        return self.queue.pop(0)
+
+
+class Events:
+    """`guest.events.Events`: told by the world, which may forget to."""
+
+    vm: Vm
+
+    def __init__(self) -> None:
+        self.heard = False
+        self.ignored: set[bytes] = set()
+        self.observed: frozenset[bytes] = frozenset()
+        self.touched: set[bytes] = set()
+        self.vanished: set[bytes] = set()
+        Events.vm.events = self
+
+    def fileno(self) -> int:
+        return -1
+
+    def start(self, path: bytes) -> None:
+        pass
+
+    def alive(self) -> bool:
+        return True
+
+    def stop(self) -> None:
+        pass
+
+    close = stop
+
+    def take(self) -> Hints:
+        hints = Hints(frozenset(self.touched), frozenset(self.vanished), False)
+        self.touched, self.vanished, self.heard = set(), set(), False
+        return hints
+
+
+class SimRunner(runner.Runner):
+    """The runner, with a fork server that is played."""
+
+    vm: Vm
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, command=["fork server"])
+
+    def _start_server(self) -> None:
+        vm = SimRunner.vm
+        self._server_started = runner.time.monotonic()
+        self._orders = vm.fork_server  # type: ignore[assignment]
+
+    def _stop_server(self) -> Optional[int]:
+        self._orders = None
+        return 0
+
+
+class ForkServer:
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        pass
+
+    def send(self, order: bytes) -> None:
+        world = self.vm.world
+        boot = self.vm.boot
+        if world.dice.random() < world.plan.lost_orders:
+            return  # it was killed with the order in its queue
+
+        def fork() -> None:
+            if self.vm.boot == boot and self.vm.up:
+                self.vm.shims.append(Shim(self.vm, order.split(b"\0")))
+
+        world.clock.after(world.dice.random() * 0.01, fork)
+
+
+class _Selector:
+    def register(self, *_: Any) -> None:
+        pass
+
+    def get_map(self) -> Mapping[int, Any]:
+        return {}
+
+
+class _Listener:
+    def close(self) -> None:
+        pass
+
+
+class Reboot:
+    """The command that reboots: it takes a moment, and then there is no daemon to see its status."""
+
+    def __init__(self, vm: Vm) -> None:
+        vm.world.say("the daemon reboots the VM")
+        vm.world.reboots_wanted += 1
+        boot = vm.boot
+        vm.world.clock.after(0.5, lambda: vm.reboot("asked for") if vm.boot == boot and vm.up else None)
+
+    def poll(self) -> Optional[int]:
+        return None
+
+
+class Vm:
+    """A VM: what its disk holds, what runs in it, and when."""
+
+    def __init__(self, world: Any, channel: Channel) -> None:
+        self.world = world
+        self.channel = channel
+        self.skew = 0
+        self.disk = Disk("guest", self.wall_ns)
+        self.locks = Locks()
+        self.kicks = Kicks(self)
+        self.fork_server = ForkServer(self)
+        self.events: Optional[Events] = None
+        self.daemon: Optional[daemon.Daemon] = None
+        self.process: Optional[Process] = None
+        self.shims: list[Shim] = []
+        self.scripts: dict[int, Script] = {}
+        self.boot = ""
+        self.booted = 0
+        self.timeline = 0
+        self.up = False
+        self.pipe_capacity = world.dice.choice((512, 4096, 65_536))
+        self._pid = 100
+        self._boots = 0
+        self._next_turn = 0
+        self.settings = Settings(
+            launch_dir=Path(LAUNCH),
+            port="simulated",
+            state_dir=Path(STATE),
+            runtime_dir=Path("/run/vmr"),
+            settle=0.02,
+            quiet=world.plan.quiet,
+            spool_limit=world.plan.spool_limit,
+            keep_files=0,
+            max_reboots=3,
+            reboot_command=("reboot",),
+        )
+        channel.wake_guest = self.wake
+        stager = self.stager = Process(self.disk, Locks(), pid=1, urandom=world.random_bytes)
+        for path in ("/var", LAUNCH, "/run", "/run/vmr"):
+            stager.mkdir(path, 0o755)
+        self.disk.sync_all("/")
+
+    # --- the machine
+
+    def wall_ns(self) -> int:
+        return int(self.world.wall + self.world.clock.now + self.skew)
+
+    def boottime_ns(self) -> int:
+        return int(self.world.clock.now - self.booted)
+
+    def next_pid(self) -> int:
+        self._pid += 1
+        return self._pid
+
+    def power_on(self, *, boot: str = "", booted: Optional[int] = None) -> None:
+        self._boots += 1
+        self.boot = boot or f"boot-{self._boots}"
+        self.booted = self.world.clock.now - 5 * SECOND if booted is None else booted
+        self.up = True
+        self.world.say(f"the VM boots ({self.boot})")
+        self.start_daemon_in(self.world.dice.random() * 0.5)
+
+    def power_off(self, *, lose: bool) -> None:
+        """The power goes; or, without `lose`, the VM is reset and its disk's cache, the host's, stays whole."""
+        self.up = False
+        for script in self.scripts.values():
+            script.gone()
+        for process in (self.process, *(each.process for each in self.shims)):
+            if process is not None:
+                process.die()
+        for each in self.shims:
+            each.kill()
+        self.shims.clear()
+        self.scripts.clear()
+        self.daemon = self.process = self.events = None
+        self.kicks.queue.clear()
+        self.locks.flocks.clear()
+        self.locks.records.clear()
+        self.channel.reset()
+        if lose:
+            self.disk.lose_power(self.world.dice)
+
+    def reboot(self, why: str, *, lose: bool = False) -> None:
+        self.world.say(f"the VM goes down: {why}")
+        if not lose:
+            self.disk.sync_all("/")
+        self.power_off(lose=lose)
+        self.world.clock.after(0.3, self.power_on)
+
+    # --- the daemon
+
+    def start_daemon_in(self, seconds: float) -> None:
+        boot = self.boot
+
+        def start() -> None:
+            if self.up and self.boot == boot and self.daemon is None:
+                self._start_daemon()
+
+        self.world.clock.after(seconds, start)
+
+    def _activate(self) -> None:
+        assert self.process is not None
+        if _the.get("daemon") is self.process:
+            return
+        _the["daemon"] = self.process
+        for module in (daemon, spool, runner, watcher):
+            vars(module)["os"] = self.process
+            if "time" in vars(module):
+                vars(module)["time"] = Time(self.world.clock, self)
+
+    def _start_daemon(self) -> None:
+        self.process = process = Process(
+            self.disk, self.locks, pid=self.next_pid(), urandom=self.world.random_bytes
+        )
+        Events.vm = SimRunner.vm = self
+        _patch(self, process)
+        self.world.maybe_trap(process, "daemon", None)
+        self._activate()
+        self.kicks.queue.clear()
+        spool._with_fds.clear()
+        self._next_turn = 0
+        self.world.say("the daemon starts")
+        try:
+            try:
+                made = daemon.Daemon(self.settings, log=self._log)
+                made._find_runs()
+                made._watcher.start()
+            except Killed:
+                self._daemon_died()
+                return
+            except Problem as problem:
+                self.world.say(f"the daemon can't start: {problem}")
+                process.die()
+                self.process = None
+                self.start_daemon_in(1.0)
+                return
+            except OSError as error:
+                # As the real one: it ends, and systemd starts it again.
+                self.world.say(f"the daemon ends: {error!r}")
+                process.die()
+                self.process = None
+                self.start_daemon_in(1.0)
+                return
+        finally:
+            pass
+        self.daemon = made
+        self.wake()
+
+    def _log(self, line: str) -> None:
+        self.world.say(f"daemon: {line}")
+
+    def wake(self, after: Optional[float] = None) -> None:
+        """Have the daemon's loop turn, soon."""
+        if self.daemon is None:
+            return
+        if after is None:
+            after = self.world.dice.random() * 0.001
+        at = self.world.clock.now + int(after * SECOND)
+        if self._next_turn and self._next_turn <= at:
+            return
+        self._next_turn = at
+        self.world.clock.after(after, lambda: self._turn(at))
+
+    def _turn(self, at: int) -> None:
+        """One turn of Daemon.run()'s loop."""
+        running = self.daemon
+        if running is None or self._next_turn != at:
+            return
+        self._next_turn = 0
+        self._activate()
+        try:
+            if self.kicks.queue:
+                running._try(running._take_kicks)
+            now = daemon.boottime()
+            running._try(running._look, now)
+            running._try(running._decide_if_due, now)
+            running._try(running._ship, now)
+            timeout = running._timeout()
+        except Killed:
+            self._daemon_died()
+            return
+        self.world.check_daemon(running)
+        if self.kicks.queue:
+            timeout = 0.0
+        self.wake(max(timeout, 0.0002))
+
+    def _daemon_died(self) -> None:
+        if self.process is not None:
+            self.process.die()
+            self.world.say("the daemon is killed")
+        self.daemon = self.process = self.events = None
+        self.channel.guest_closed()
+        self.world.trap_sprung(self)
+        if self.up:
+            self.start_daemon_in(0.1 + self.world.dice.random())
+
+    def kill_daemon(self) -> None:
+        if self.process is not None:
+            self._daemon_died()
+
+    def kill_shim(self) -> None:
+        live = [each for each in self.shims if not each.process.dead]
+        if live:
+            victim = self.world.dice.choice(live)
+            self.world.say(f"the shim of {victim.vmr.decode()} is killed")
+            victim.kill()
+
+    # --- staging
+
+    def put(self, path: str, content: bytes, mode: int = 0o644) -> None:
+        """Write a file, at once durable: what a power cut takes of staging is not what is looked at here.
+
+        Nor is a disk without room for it.
+        """
+        full, self.disk.full = self.disk.full, False
+        fd = self.stager.open(path, real_os.O_WRONLY | real_os.O_CREAT | real_os.O_TRUNC, mode)
+        self.stager.write(fd, content)
+        self.stager.fchmod(fd, mode)
+        self.stager.close(fd)
+        self.disk.sync_all(path)
+        self.disk.full = full
+
+    def stage(self, vmr: str, *, executable: bool = True) -> None:
+        full, self.disk.full = self.disk.full, False
+        start_time, _, name = vmr.partition("/")
+        for path in (f"{LAUNCH}/{start_time}", f"{LAUNCH}/{start_time}/{name}"):
+            with suppress(FileExistsError):
+                self.stager.mkdir(path, 0o755)
+            self.disk.sync_all(path)
+        self.put(f"{LAUNCH}/{vmr}/call_arguments.sh", b"#!/bin/sh\n", 0o755 if executable else 0o644)
+        self.disk.full = full
+        self.hint(vmr)
+
+    def unstage(self, vmr: str) -> None:
+        rmtree(self.stager, f"{LAUNCH}/{vmr}", ignore_errors=True)
+        self.disk.sync_all(f"{LAUNCH}/{vmr.partition('/')[0]}")
+        self.hint(vmr, vanished=True)
+
+    def hint(self, vmr: str, *, vanished: bool = False) -> None:
+        if self.events is None or self.world.dice.random() < self.world.plan.lost_events:
+            return
+        self.events.touched.add(vmr.encode())
+        if vanished:
+            self.events.vanished.add(vmr.encode())
+        self.events.heard = True
+        self.wake()
+
+    def staged(self) -> list[str]:
+        found = []
+        top = self.disk.find(LAUNCH)
+        if isinstance(top, Directory):
+            for start_time, directory in top.names.items():
+                if isinstance(directory, Directory):
+                    for name, vmr in directory.names.items():
+                        script = vmr.names.get("call_arguments.sh") if isinstance(vmr, Directory) else None
+                        if isinstance(script, File) and script.mode & stat.S_IXUSR:
+                            found.append(f"{start_time}/{name}")
+        return found
+
+
+class Processes:
+    """`guest.processes`, of a VM."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+
+    def gone(self, started: Any, *, boot_id: str) -> bool:
+        if started.boot_id != boot_id:
+            return True
+        script = self._vm.scripts.get(started.pid)
+        return script is None or not script.alive
+
+    def kill(self, run: Any, number: int) -> dict[int, str]:
+        started = run.started()
+        script = self._vm.scripts.get(started.pid) if started is not None else None
+        if script is None or not script.alive:
+            return {}
+        self._vm.world.clock.after(0.001, lambda: script.kill(int(number)))
+        return {script.pid: "script"}
+
+    def health(self, path: Any) -> dict[str, Any]:
+        return {}
+
+
+class Files:
+    """`guest.files.Files`: transfers are no part of this."""
+
+    def __init__(self, launch: bytes) -> None:
+        pass
+
+    def knows(self, verb: str) -> bool:
+        return False
+
+
+def _patch(vm: Vm, process: Process) -> None:
+    """Put the simulation in the place of what the guest's modules import."""
+    shim._prctl = lambda *_: 0  # type: ignore[assignment]
+    shim.start_ticks = lambda pid: pid  # type: ignore[assignment]
+    shim.mmap = types.SimpleNamespace(mmap=lambda _, size: bytearray(size))  # type: ignore[assignment]
+    shim.explain = lambda number, script: f"errno {number}"  # type: ignore[assignment]
+    modules: Any = types.SimpleNamespace(daemon=daemon, spool=spool, runner=runner, watcher=watcher)
+    modules.spool.fcntl = fcntl_of(process)
+    modules.spool.Path = Path
+    modules.spool.shutil = types.SimpleNamespace(
+        rmtree=lambda path, ignore_errors=False: rmtree(process, path, ignore_errors)
+    )
+    modules.spool._punch = lambda path, upto: _punch(vm, process, path, upto)
+    modules.watcher.Events = Events
+    modules.runner.Path = Path
+    modules.runner.processes = modules.daemon.processes = Processes(vm)
+    modules.daemon.Runner = SimRunner
+    modules.daemon.Files = Files
+    modules.daemon.Port = lambda spec: Port(vm.channel, vm.world.guest_sent)
+    modules.daemon.boot_id = lambda: vm.boot
+    modules.daemon._machine_id = lambda: "machine"
+    modules.daemon._make_runtime = lambda path: path
+    modules.daemon._lock_runtime = lambda path: -1
+    modules.daemon._kick_socket = lambda path: vm.kicks
+    modules.daemon._control_socket = lambda path: _Listener()
+    modules.daemon.notify = lambda state: None
+    modules.daemon.selectors = types.SimpleNamespace(DefaultSelector=_Selector, EVENT_READ=1)
+    modules.daemon.socket = types.SimpleNamespace(gethostname=lambda: "vm")
+    modules.daemon.subprocess = types.SimpleNamespace(Popen=lambda *_, **__: Reboot(vm), DEVNULL=-3)
+    modules.daemon.Daemon._keep_files = lambda self, run: None
+
+
+def _punch(vm: Vm, process: Process, path: Any, upto: int) -> None:
+    """As spool._punch(), whose call of the C library no module here can be."""
+    upto -= upto % vm.world.plan.punch_unit
+    if upto > 0:
+        vm.world.pruned(str(path), upto)
+        process.punch(path, upto)
+
+
+Log = Callable[[str], None]

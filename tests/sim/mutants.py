@@ -1,0 +1,212 @@
+"""What lives here: guarantees broken on purpose, one line each: a simulation that finds none of them proves nothing.
+
+It must not know: how they are found.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from vmr_agent import schedule
+from vmr_agent.guest import daemon, roster, runner, shim, shipper, spool
+from vmr_agent.host import collector, life, logstore, renderer, vmlogs
+from vmr_agent.wire import framing, session
+
+
+class Mutant(NamedTuple):
+    """In ``place`` the text ``old`` becomes ``new``, wherever it stands there."""
+
+    module: ModuleType
+    place: str
+    old: str
+    new: str
+    seeds: int = 200
+    """Within so many it is found."""
+
+
+MUTANTS: dict[str, Mutant] = {
+    # the guest's disk
+    "a script runs before its start is synced": Mutant(shim, "Shim._fork", "os.fsync(fd)", "pass"),
+    "a script runs before its start's names are synced": Mutant(
+        shim, "Shim._fork", "_sync_path(path)", "pass"
+    ),
+    "an end has its name before it is durable": Mutant(shim, "Shim._record", "os.fsync(fd)", "pass"),
+    "an end counts bytes that are not durable": Mutant(
+        shim, "Shim._exited", "self._sync(index=False)", "pass"
+    ),
+    "a shim asks for no lock": Mutant(
+        shim, "Shim.run", "except OSError:\n            return", "except OSError:\n            pass"
+    ),
+    "a shim starts what was started": Mutant(
+        shim, "Shim.run", 'if os.path.lexists("started")', 'if False and os.path.lexists("started")'
+    ),
+    "a shim drops what is left in the pipes": Mutant(shim, "Shim._exited", "left -= count", "left = 0"),
+    "the daemon's records are not synced": Mutant(spool, "_write_durably", "os.fsync(fd)", "pass"),
+    "the names of the daemon's records are not synced": Mutant(
+        spool, "_write_durably", "_sync(path.parent)", "pass"
+    ),
+    "nobody syncs open/ and runs/": Mutant(
+        spool, "Spool.__init__", "for directory in (state_dir, state_dir.parent):", "for directory in ():"
+    ),
+    "what a killed shim wrote is believed": Mutant(
+        spool,
+        "Run.recover",
+        "_write_durably(self.path / name, row, temporary=path)",
+        "path.rename(self.path / name)",
+    ),
+    "bytes are pruned that the host has not": Mutant(
+        spool, "Run.prune", "min(acked.of(stream), ", "min(1 << 60, "
+    ),
+    "tails stay for ever": Mutant(
+        spool, "Spool._prune", "self._prune_settled(excess, tails=True)", "pass", 2000
+    ),
+    # what runs
+    "a barrier waits for nobody": Mutant(schedule, "decide", "if found.holding:", "if False:"),
+    "a time starts beside a lower one": Mutant(
+        schedule, "decide", "if start_time == turn\n", "if True\n", 400
+    ),
+    "positive times do not wait for their time": Mutant(
+        schedule, "decide", "if due <= now.boottime:", "if True:"
+    ),
+    ".hold holds nothing": Mutant(
+        schedule, "decide", "if not now.enabled or now.held:", "if not now.enabled:"
+    ),
+    "who asks for a reboot starts again without": Mutant(
+        schedule, "_survey_asker", "same_boot = before.boot_id == now.boot_id", "same_boot = False"
+    ),
+    "configured is acted on before it is durable": Mutant(
+        spool,
+        "Spool.set_configured",
+        '_write_durably(self.path / "configured", {})',
+        '(self.path / "configured").touch()',
+    ),
+    "a restarted daemon forgets what has run": Mutant(
+        roster, "Roster._entry", "for run in self._spool.runs_of(name):", "for run in ():"
+    ),
+    "a run is lost while its script lives": Mutant(
+        runner, "Runner.judge", "if not processes.gone(started, boot_id=self._boot_id):", "if False:"
+    ),
+    "a rerun asked twice runs twice": Mutant(
+        daemon, "Daemon._rerun", "if request and run.info.request == request:", "if False:", 2000
+    ),
+    # the wire
+    "a damaged frame passes": Mutant(
+        framing, "Decoder._parse", "if zlib.crc32(view[at + HEADER.size : stop]) != crc:", "if False:"
+    ),
+    "a missing frame is not missed": Mutant(
+        session, "Session._item", "elif n > self._due:", "elif False:", 400
+    ),
+    "a stale frame is taken": Mutant(
+        session,
+        "Session._item",
+        "if to != self.id or self.state is State.DEAF:",
+        "if self.state is State.DEAF:",
+        2000,
+    ),
+    "silence ends no session": Mutant(
+        session, "Session.tick", "if self.open and now - self._heard >= SILENCE:", "if False:"
+    ),
+    "what was sent counts as delivered": Mutant(
+        shipper,
+        "_Delivery.forget_session",
+        "self.sent = dict(self.acked)",
+        'self.sent = getattr(self, "sent", dict(self.acked))',
+    ),
+    "a run is let go when it has exited": Mutant(
+        shipper,
+        "Shipper.ack",
+        "if delivery.state is RunState.CLOSED:",
+        "if delivery.state >= RunState.EXITED:",
+    ),
+    "the window is not kept": Mutant(
+        shipper, "Shipper._output", "if self._in_flight + _CHUNK > self._window:", "if False:"
+    ),
+    "an end is told before its bytes": Mutant(
+        shipper,
+        "Shipper._frame",
+        "if output is not None:\n        return output",
+        "if output is not None and result is None:\n        return output",
+    ),
+    "the guest does not see that it was set back": Mutant(
+        shipper,
+        "Shipper._check",
+        "if start < end and _crc(run, stream, start, end) != crc:",
+        "if False:",
+        2000,
+    ),
+    # the host's disk
+    "an Ack before the sync": Mutant(life, "Sync.sync", "try:", "return\n    try:"),
+    "an Ack before the names are synced": Mutant(
+        life, "Sync.sync", "for name in sorted(self.directories, reverse=True):", "for name in ():"
+    ),
+    "an Ack before the journal is synced": Mutant(
+        life, "Sync.sync", "for name in sorted(self.files):", "for name in sorted(self.files - {JOURNAL}):"
+    ),
+    "bytes that come twice are stored twice": Mutant(
+        life,
+        "Life.output",
+        "if held.held > offset:",
+        "offset = held.held; end = offset + len(data)\n    if False:",
+    ),
+    "what is behind the last mark is not checked": Mutant(
+        life, "Life._stands", "if kind != Kind.OUTPUT:", "if True:"
+    ),
+    "a failed sync is believed the second time": Mutant(
+        logstore, "LogStore.life", "self._find_life(trust=False)", "self._find_life(trust=True)", 2000
+    ),
+    "a failed sync is not heard of": Mutant(
+        logstore, "LogStore.finish_sync", "if sync.error is not None:", "if False:", 400
+    ),
+    "a mark may be in the page cache alone": Mutant(life, "Life._write_again", "if data:", "if False:", 2000),
+    "what was recovered is not made durable": Mutant(
+        logstore, "LogStore._find_life", "and trust:", "and False:", 2000
+    ),
+    "a life loses its first record": Mutant(life, "Life.recover", "if not self._size:", "if False:", 400),
+    "a directory that was there counts as durable": Mutant(
+        life, "Life._make_directory", "if name in self._named:", "if True:", 400
+    ),
+    "another run under a known label is taken": Mutant(
+        life, "Life.run", "if label in self._labels:", "if False:", 400
+    ),
+    "an Ack goes to whoever did not ask": Mutant(
+        collector, "Guest.acknowledge", "if ack.run in self._announced:", "if False:"
+    ),
+    # the logs
+    "the logs are not cut back": Mutant(
+        vmlogs, "VmLogs._take_note", "if os.fstat(fd).st_size > size:", "if False:"
+    ),
+    "the note is written before the logs are durable": Mutant(
+        renderer, "Renderer._note", "logs.sync_logs()", "pass", 400
+    ),
+    "what is not durable is rendered": Mutant(
+        vmlogs,
+        "VmLogs._look_for_mark",
+        "if kind == Kind.MARK:\n                self._durable = max(self._durable, MARK.unpack(content)[0])",
+        "self._durable = last",
+        400,
+    ),
+}
+
+
+def apply(mutant: Mutant) -> None:
+    """Break it, in this process."""
+    *above, name = mutant.place.split(".")
+    owner: Any = mutant.module
+    for part in above:
+        owner = getattr(owner, part)
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    old = textwrap.dedent(mutant.old)
+    if old not in source:
+        raise ValueError(f"{mutant.place} has no {old!r}:\n{source}")
+    was = getattr(owner, name)
+    namespace: dict[str, Any] = {}
+    code = compile(source.replace(old, mutant.new), mutant.module.__file__ or "", "exec")
+    exec(code, vars(mutant.module), namespace)
+    setattr(owner, name, namespace[name])
+    for module in list(sys.modules.values()):  # those that took it by its name
+        if module.__name__.startswith("vmr_agent.") and vars(module).get(name) is was:
+            setattr(module, name, namespace[name])

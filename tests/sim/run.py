@@ -1,0 +1,67 @@
+"""Simulated histories by their seeds: `python -m tests.sim.run SEED` shows one, `--seeds A:B` tries many.
+
+python -m tests.sim.run 17                    the history of seed 17, line by line
+python -m tests.sim.run --seeds 0:1000        those that fail, and how many were tried
+python -m tests.sim.run --hours 1 --jobs 2    as many as there is time for, from a first seed by the clock
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # Sets are walked in an order that depends on it, and a seed must always make the same history.
+        paths = [str(ROOT / "agent"), str(ROOT)]
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(paths)}
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "-m", "tests.sim.run", *sys.argv[1:]], environment)
+    parser = argparse.ArgumentParser(prog="tests/sim/run.py", description=__doc__.splitlines()[0])
+    parser.add_argument("seed", nargs="?", type=int, help="show this history")
+    parser.add_argument("--seeds", help="FIRST:END, try these")
+    parser.add_argument("--mutant", help="break this guarantee first")
+    parser.add_argument("--stop", action="store_true", help="at the first that fails")
+    parser.add_argument("--hours", type=float, help="as many as there is time for")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds that one history may take")
+    args = parser.parse_args()
+    from tests.sim import mutants, world
+
+    if args.mutant:
+        mutants.apply(mutants.MUTANTS[args.mutant])
+    faulthandler.dump_traceback_later(args.patience, exit=True)  # a history that never ends
+    if args.seed is not None:
+        made = world.run(args.seed, verbose=True)
+        print(f"seed {args.seed}: {made.steps} steps, {len(made.violations)} violations; {made.happened}")
+        return 1 if made.violations else 0
+    first, _, end = args.seeds.partition(":")
+    began = time.monotonic()
+    failed = tried = 0
+    for seed in range(int(first), int(end)):
+        faulthandler.dump_traceback_later(args.patience, exit=True)
+        print(f"seed {seed}", end="\r", file=sys.stderr)
+        made = world.run(seed)
+        tried += 1
+        if made.violations:
+            failed += 1
+            print(f"seed {seed}: {made.violations[0]}", flush=True)
+            if args.stop:
+                break
+        if tried % 20 == 0:
+            gc.collect()
+    took = time.monotonic() - began
+    print(f"{tried} seeds in {took:.1f} s, {failed} failed", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Thousands of simulated histories, and proof that a broken guarantee would be seen in them.
+
+Each runs in a process of its own: the simulation takes the place of `os` in the product's modules, and needs a
+known hash seed, so that a history can be shown again: `./tests/run --sim SEED`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sim.mutants import MUTANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+SEEDS = 1_000
+MANY = 20_000
+
+
+def simulate(*arguments: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join((str(ROOT / "agent"), str(ROOT)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.sim.run", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def all_well(first: int, end: int) -> None:
+    jobs = 2
+    running = [
+        simulate("--seeds", f"{at}:{min(end, at + (end - first) // jobs)}")
+        for at in range(first, end, (end - first) // jobs)
+    ]
+    for process in running:
+        said = process.communicate()[0]
+        assert process.returncode == 0, f"./tests/run --sim SEED shows the history of each\n{said}"
+
+
+def test_a_thousand_histories() -> None:
+    all_well(0, SEEDS)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_many_histories() -> None:
+    all_well(SEEDS, MANY)
+
+
+def test_a_seed_makes_the_same_history_each_time() -> None:
+    first, second = (simulate("7").communicate()[0] for _ in range(2))
+    assert first == second and len(first.splitlines()) > 20
+
+
+@pytest.mark.parametrize("name", [name for name, mutant in MUTANTS.items() if mutant.seeds <= 200])
+def test_a_broken_guarantee_is_found(name: str) -> None:
+    process = simulate("--mutant", name, "--seeds", f"0:{MUTANTS[name].seeds}", "--stop")
+    said = process.communicate()[0]
+    assert process.returncode == 1, f"{said}\nnot found"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", [name for name, mutant in MUTANTS.items() if mutant.seeds > 200])
+def test_a_broken_guarantee_is_found_in_the_end(name: str) -> None:
+    process = simulate("--mutant", name, "--seeds", f"0:{MUTANTS[name].seeds}", "--stop")
+    said = process.communicate()[0]
+    assert process.returncode == 1, f"{said}\nnot found"
