@@ -91,6 +91,7 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_they_come_and_go_in_a_tree_without_a_running_systemd(tmp_path: Path) -> None:
     """How an image's tree is made: no processes, no /proc, and an upgrade before the first boot."""
     if os.geteuid() != 0 or shutil.which("mmdebstrap") is None:
@@ -140,6 +141,7 @@ def test_they_come_and_go_in_a_tree_without_a_running_systemd(tmp_path: Path) ->
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_build_runs_the_tests_with_debians_own_versions(tmp_path: Path) -> None:
     made = build("build-deb", "--out", str(tmp_path / "out"), tree=export(tmp_path / "source"))
     assert {path.read_bytes() for path in made} == {path.read_bytes() for path in debs().values()}

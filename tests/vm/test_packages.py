@@ -7,6 +7,7 @@ package's own scripts, units and rules keep to it.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Optional
 
 import pytest
 
-from tests.packaging.build import LATER, debs
+from tests.packaging.build import LATER, build, debs, export
 from tests.vm.host import COUNTER, LAUNCH, VmWorld, counted
 from tests.vm.vm import AGENT_PORT, Vm
 
@@ -64,6 +65,7 @@ def files_of(vm: Vm) -> set[str]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_what_is_baked_in_runs_at_the_first_boot_and_not_at_the_second(
     vm_image: Path, tmp_path: Path, hosts: list[VmWorld]
 ) -> None:
@@ -128,6 +130,7 @@ def drain(port: socket.socket) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_an_upgrade_in_mid_output_loses_no_byte_and_a_purge_leaves_nothing(
     bare: Vm, tmp_path: Path, hosts: list[VmWorld]
 ) -> None:
@@ -176,3 +179,110 @@ def test_a_port_plugged_in_later_starts_the_unit(installed: Vm) -> None:
     with installed.connect(AGENT_PORT) as port:
         assert port.recv(1)
     installed.check("systemctl is-active vmr-agent")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_clones_of_a_baked_image_are_two_agents(
+    vm_image: Path, tmp_path: Path, hosts: list[VmWorld]
+) -> None:
+    """packaging/bake on the tests' own image, with VMRs in it; each clone runs them once, as somebody of its own."""
+    baked = tmp_path / "baked"
+    baked.mkdir()
+    shutil.copyfile(vm_image / "image.qcow2", baked / "image.qcow2")
+    for part in ("vmlinuz", "initrd"):
+        (baked / part).symlink_to(vm_image / part)
+    vmr = tmp_path / "stage" / "-1" / "who"
+    vmr.mkdir(parents=True)
+    (vmr / "call_arguments.sh").write_text("#!/bin/sh\necho once >> /root/ran\ncat /etc/machine-id\n")
+    (vmr / "call_arguments.sh").chmod(0o777)
+    (tmp_path / "conf").write_text("[vmr-agent]\nquiet = 1\n")
+    deb = debs()["vmr-agent"]
+    arguments = [
+        "--deb",
+        str(deb),
+        "--conf",
+        str(tmp_path / "conf"),
+        "--stage",
+        str(tmp_path / "stage"),
+        "--live",
+    ]
+    build("bake", str(baked / "image.qcow2"), *arguments)
+    identities, spools = set(), set()
+    for clone in ("one", "two"):
+        with Vm(baked, cold=True) as vm:
+            (tmp_path / clone).mkdir()
+            host = VmWorld(tmp_path / clone, vm, {"quiet": "1"})
+            hosts.append(host)
+            host.start_collector()
+            assert host.complete("-1/who")["attempt"] == 1
+            identity = host.raw("-1/who").strip()
+            assert len(identity) == 32 and identity == vm.check("cat /etc/machine-id").strip()
+            identities.add(identity)
+            spools.add(vm.check("cat /var/lib/vmr-agent/spool.json"))
+            assert vm.check(
+                "cat /root/ran; stat -c '%a %U' /var/launch/-1/who/call_arguments.sh; ls /var/tmp"
+            ) == (b"once\n755 root\n")
+            host.close()
+    assert len(identities) == len(spools) == 2
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_bundle_in_a_vm_is_upgraded_in_mid_output(bare: Vm, tmp_path: Path, hosts: list[VmWorld]) -> None:
+    """Its modules lie in the program's own files: those of a version with runs in progress must stay."""
+    (archive,) = build("build-bundle", "--out", str(tmp_path / "out"), tree=export(tmp_path / "source"))
+    bare.put({"/root/bundle.tar.gz": archive.read_bytes()})
+    bare.check(
+        "mkdir /root/b && tar -C /root/b --strip-components=1 -xzf /root/bundle.tar.gz && /root/b/install.sh"
+    )
+    host = VmWorld(tmp_path, bare)
+    hosts.append(host)
+    host.start_collector()
+    host.guest_stage("-1/counter", "exec ./counter.py", {"counter.py": COUNTER})
+    host.wait(lambda: host.raw("-1/counter"), "some output on the host")
+    script = host.result("-1/counter")["pid"]
+    environment = bare.check(f"tr '\\0' '\\n' < /proc/{script}/environ")
+    assert b"LD_LIBRARY_PATH" not in environment and b"_PYI" not in environment
+    bare.check("echo 99-other > /root/b/VERSION && /root/b/install.sh")
+    assert bare.check("readlink /usr/bin/vmr-agent") == b"/opt/vmr-agent/99-other/vmr-agent\n"
+    assert len(bare.check("ls /opt/vmr-agent").split()) == 2
+    host.more("-1/counter")
+    bare.check("touch /root/enough")
+    row = host.complete("-1/counter")
+    assert (row["pid"], row["exit_code"], row["gaps"]) == (script, 0, [])
+    assert host.raw("-1/counter") == counted(1, row["stdout_bytes"])
+    bare.check("/root/b/install.sh && /root/b/install.sh --uninstall")
+    bare.check(
+        "! test -e /opt/vmr-agent/99-other && ! test -e /usr/bin/vmr-agent && ! systemctl cat vmr-agent"
+    )
+
+
+@pytest.mark.long
+def test_footprint(bare: Vm, tmp_path: Path, hosts: list[VmWorld]) -> None:
+    """Prints what the table in packaging/README.md says; judges only what would be a leak."""
+    bare.check(f"dpkg -i {put_deb(bare)}")
+    host = VmWorld(tmp_path, bare)
+    hosts.append(host)
+    host.start_collector()
+
+    def pss(pattern: str) -> float:
+        """MiB of all processes whose command line has it."""
+        command = f"for each in $(pgrep -f '{pattern}'); do cat /proc/$each/smaps_rollup; done 2>/dev/null"
+        lines = bare.check(f"{command} || true").decode().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+    ours, theirs = "vmr[-_]agent", "qemu[-]ga"
+    host.wait(lambda: host.guest_status().get("configured"), "the VM is configured")
+    idle = pss(ours)
+    print(f"PSS, MiB: vmr-agent idle {idle:.1f}, qemu-ga {pss(theirs):.1f}")
+    print(f"idle CPU with a session: {100 * host.guest_cpu(20):.2f} %")
+    sleepers = {
+        f"{LAUNCH}/-1/sleeper{each}/call_arguments.sh": b"#!/bin/sh\nexec sleep 600\n" for each in range(10)
+    }
+    bare.put(sleepers)
+    host.wait(lambda: all(host.result(f"-1/sleeper{each}") for each in range(10)), "ten runs on the host")
+    bare.check("sleep 2")
+    busy = pss(ours)
+    print(f"PSS with 10 runs: {busy:.1f} MiB")
+    assert busy < idle + 10 * 4
