@@ -309,9 +309,7 @@ class Daemon:
         entry = self._roster.get(name)
         if known is None and entry is not None and entry.latest is not None:
             self._watcher.done(name)
-            for run in (entry.latest, *entry.unfinished.values()):
-                if run.closed() is None:
-                    self._follow(run)
+            self._follow_open(entry)
 
     # --- the schedule ---
 
@@ -456,7 +454,16 @@ class Daemon:
         for run in self._runner.attach():
             self._roster.began(run)
             self._follow(run)
+        for entry in self._roster:
+            self._follow_open(entry)
+        for run in list(self._live.values()):
             self._judge(run)
+
+    def _follow_open(self, entry: Entry) -> None:
+        """Its runs whose link in open/ was lost with the power, and with it what said that they were over."""
+        for run in (entry.latest, *entry.unfinished.values()):
+            if run is not None and run.closed() is None and run.info.run not in self._live:
+                self._follow(run)
 
     def _follow(self, run: Run) -> None:
         self._live[run.info.run] = run
@@ -662,6 +669,10 @@ class Daemon:
             self._take_file_request(request)
             return
         args = request.args
+        if request.verb == "diverged":
+            # No reply: the session is another one then. Where it fails a new one begins too, and the host asks again.
+            self._diverge(str(args.get("reason", "the host saw it")))
+            return
         ok, error = True, ""
         result: dict[str, messages.Scalar] = {}
         try:
@@ -674,9 +685,6 @@ class Daemon:
                 self._hold()
             elif request.verb == "resume":
                 self._resume()
-            elif request.verb == "diverged":
-                self._diverge(str(args.get("reason", "the host saw it")))
-                return  # the session is another one: nobody waits for a reply in it
             else:
                 raise Problem(f"cannot do {request.verb[:40]!r}: this vmr-agent doesn't know it")
         except Problem as problem:

@@ -31,10 +31,12 @@ class Entry:
         """Whether its files are not what was staged; known after a rerun that exited with 0."""
 
     def began(self, run: Run) -> None:
-        """A run of it was made, or found."""
-        self.latest, self.changed = run, None
+        """A run of it was made, or found; in whatever order."""
+        if self.latest is None or run.info.attempt >= self.latest.info.attempt:
+            self.latest, self.changed = run, None
         if run.info.trigger in _SCHEDULED:
-            self.scheduled = run
+            if self.scheduled is None or run.info.attempt >= self.scheduled.info.attempt:
+                self.scheduled = run
             self.reboots = max(self.reboots, run.info.number)
         if run.result() is None:
             self.unfinished[run.info.run] = run

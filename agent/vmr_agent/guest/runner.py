@@ -175,8 +175,9 @@ class Runner:
         """
         # The lock is asked first: whoever let go of it has written all that he had to say before.
         held = run.locked()
-        if not held and run.result() is None:
-            self._written(run, run.recover)
+        if not held and run.result() is None and not self._written(run, run.recover):
+            # What it left is not to be taken for nothing, and not to be written over.
+            return RunState.STARTED if run.started() is not None else RunState.NONE
         result, started = run.result(), run.started()
         if started is not None or result is not None:
             self._ordered.pop(run.info.run, None)
