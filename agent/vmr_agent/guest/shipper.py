@@ -324,8 +324,15 @@ class Shipper:
         if live and state is RunState.CLOSED:
             raise Diverged("the host knows the last byte of a run in progress")
         spooled = run.lengths()
+        # Where the end was seen, by its own shim, its lengths are no guess.
+        final = run.closed() if not run.close_reason() else None
+        told = state is RunState.CLOSED
         for stream, (crc, size) in zip((Stream.STDOUT, Stream.STDERR), tails or ((0, 0), (0, 0))):
             end = held[stream]
+            if final is not None and (end > final.of(stream) or (told and 0 < end < final.of(stream))):
+                raise Diverged(
+                    f"the host holds {end:,} bytes of a {stream.filename} that ended at {final.of(stream):,}"
+                )
             if end > spooled.of(stream):
                 if live:
                     raise Diverged(
