@@ -296,9 +296,10 @@ class Checks:
         lives = self._lives()
         for (number, run), acked in self.acked.items():
             life = lives.get(number)
+            if not any(acked):
+                continue
             if life is None:
-                if any(acked):
-                    self.world.violated(f"life {number} is gone, with what was acknowledged")
+                self.world.violated(f"life {number} is gone, with what was acknowledged")
                 continue
             for stream, length in ((Stream.STDOUT, acked[1]), (Stream.STDERR, acked[2])):
                 path = f"{LOGS}/{life}/{run_path(*self.labels[run])}/{stream.filename}"
