@@ -280,7 +280,9 @@ def test_a_line_too_long_is_cut_once_and_says_where_the_rest_is(tmp_path: Path) 
         f"{path} from byte 7 on",
         f"{path} from byte {7 + size + 7} on",
     ]
-    assert [len(line) for line in lines if "b'xx" in line] == [LINE_LIMIT + len("compress.py (1281) stdout: b''")]
+    assert [len(line) for line in lines if "b'xx" in line] == [
+        LINE_LIMIT + len("compress.py (1281) stdout: b''")
+    ]
     assert [row["msg"][:6] for row in rows(tmp_path)] == ["before", "xxxxxx", "after", "yyyyyy"]
     assert [row.get("cut") for row in rows(tmp_path)] == [None, path, None, path]
 
@@ -367,7 +369,18 @@ def test_a_raw_file_removed_hurts_no_other_line(tmp_path: Path) -> None:
 def experiment(log_dir: Path, seed: int) -> None:
     """Two lives of what guests do, with marks here and there."""
     chance = random.Random(seed)
-    pieces = [b"x", b"plain line\n", b"\r", b"\n", b"\r\n", b"a\rb\n", b"42\n", b'{"a": 1}\n', b"\xef", b"y" * 700]
+    pieces = [
+        b"x",
+        b"plain line\n",
+        b"\r",
+        b"\n",
+        b"\r\n",
+        b"a\rb\n",
+        b"42\n",
+        b'{"a": 1}\n',
+        b"\xef",
+        b"y" * 700,
+    ]
     with opened(log_dir) as store:
         for spool in (said.SPOOL, b"2" * 16):
             store.life(said.hello(spool=spool), T)
@@ -420,7 +433,9 @@ def test_a_rendering_stopped_anywhere_ends_as_one_that_was_not(
         budget = data.draw(st.integers(0, 60))
         real, count = part._record, 0
 
-        def record(kind: int, content: bytes, part: Any = part, budget: int = budget, real: Any = real) -> None:
+        def record(
+            kind: int, content: bytes, part: Any = part, budget: int = budget, real: Any = real
+        ) -> None:
             nonlocal count
             if count == budget:
                 part._write()
