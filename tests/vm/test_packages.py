@@ -273,7 +273,8 @@ def test_footprint(bare: Vm, tmp_path: Path, hosts: list[VmWorld]) -> None:
         return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
     ours, theirs = "vmr[-_]agent", "qemu[-]ga"
-    host.wait(lambda: host.guest_status().get("configured"), "the VM is configured")
+    host.wait(lambda: "session open" in (tmp_path / "collector.log").read_text(), "a session")
+    bare.check("sleep 5")
     idle = pss(ours)
     print(f"PSS, MiB: vmr-agent idle {idle:.1f}, qemu-ga {pss(theirs):.1f}")
     print(f"idle CPU with a session: {100 * host.guest_cpu(20):.2f} %")
