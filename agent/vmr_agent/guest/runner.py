@@ -160,6 +160,11 @@ class Runner:
         if clear_reboot:
             with contextlib.suppress(OSError):
                 os.unlink(self._directory(vmr) + b"/reboot")
+                directory = os.open(self._directory(vmr), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    os.fsync(directory)  # come back after a power cut it would ask for another reboot
+                finally:
+                    os.close(directory)
         self._keep(run)
         self._order(run)
         return run
