@@ -46,7 +46,8 @@ class Channel:
             return 0
         if self.sockets and len(data) > 1 and self.dice.random() < 0.2:
             data = data[: self.dice.randrange(1, len(data))]
-        self.to_host.append(data)
+        if not self.damage or self.dice.random() >= self.damage / 2:  # else all of it is lost
+            self.to_host.append(data)
         self._deliver()
         return len(data)
 

@@ -100,7 +100,8 @@ class Loop:
             delay = self._host.world.dice.random() * 0.01
             self._host.world.clock.after(delay, lambda: self._host.call(self._process, future.finish))
 
-        self._host.world.clock.after(self._host.world.dice.random() * 0.01, work)
+        slow = self._host.world.dice.choice((0.001, 0.01, 0.2))
+        self._host.world.clock.after(self._host.world.dice.random() * slow, work)
         return future
 
     def drive(self, coroutine: Any) -> None:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import itertools
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +35,7 @@ def main() -> int:
     parser.add_argument("--stop", action="store_true", help="at the first that fails")
     parser.add_argument("--hours", type=float, help="as many as there is time for")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--first", type=int, help="with --hours: the first seed, else made from the time")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds that one history may take")
     args = parser.parse_args()
     from tests.sim import mutants, world
@@ -43,10 +47,19 @@ def main() -> int:
         made = world.run(args.seed, verbose=True)
         print(f"seed {args.seed}: {made.steps} steps, {len(made.violations)} violations; {made.happened}")
         return 1 if made.violations else 0
-    first, _, end = args.seeds.partition(":")
+    if args.hours and args.jobs > 1:
+        return _in_parallel(args)
     began = time.monotonic()
+    if args.hours:
+        start = args.first if args.first is not None else int(time.time()) * 1000
+        seeds: Iterator[int] = itertools.takewhile(
+            lambda _: time.monotonic() - began < args.hours * 3600, itertools.count(start)
+        )
+    else:
+        first, _, end = args.seeds.partition(":")
+        seeds = iter(range(int(first), int(end)))
     failed = tried = 0
-    for seed in range(int(first), int(end)):
+    for seed in seeds:
         faulthandler.dump_traceback_later(args.patience, exit=True)
         print(f"seed {seed}", end="\r", file=sys.stderr)
         made = world.run(seed)
@@ -61,6 +74,15 @@ def main() -> int:
     took = time.monotonic() - began
     print(f"{tried} seeds in {took:.1f} s, {failed} failed", flush=True)
     return 1 if failed else 0
+
+
+def _in_parallel(args: argparse.Namespace) -> int:
+    start = args.first if args.first is not None else int(time.time()) * 1000
+    command = [sys.executable, "-m", "tests.sim.run", "--hours", str(args.hours)]
+    jobs = [
+        subprocess.Popen([*command, "--first", str(start + number * 10**9)]) for number in range(args.jobs)
+    ]
+    return max(job.wait() for job in jobs)
 
 
 if __name__ == "__main__":

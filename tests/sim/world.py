@@ -542,5 +542,5 @@ def run(seed: int, *, verbose: bool = False) -> World:
             raise
         import traceback
 
-        world.violated("".join(traceback.format_exception(error)))
+        world.violated("".join(traceback.format_exception(type(error), error, error.__traceback__)))
     return world
