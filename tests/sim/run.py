@@ -77,6 +77,7 @@ def main() -> int:
 
 
 def _in_parallel(args: argparse.Namespace) -> int:
+    faulthandler.cancel_dump_traceback_later()
     start = args.first if args.first is not None else int(time.time()) * 1000
     command = [sys.executable, "-m", "tests.sim.run", "--hours", str(args.hours)]
     jobs = [
