@@ -48,7 +48,7 @@ def lane(
         [*command, "python", "-m", module, *arguments], cwd=ROOT, env=environment
     ).returncode
     print(
-        f"== {name}: {'passed' if status == 0 else f'FAILED ({status})'} in {time.monotonic() - began:.0f} s"
+        f"== {title}: {'passed' if status == 0 else f'FAILED ({status})'} in {time.monotonic() - began:.0f} s"
     )
     return status
 

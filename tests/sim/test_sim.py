@@ -43,6 +43,7 @@ def all_well(first: int, end: int) -> None:
         assert process.returncode == 0, f"./tests/run --sim SEED shows the history of each\n{said}"
 
 
+@pytest.mark.timeout(1800)  # 20 to 60 seeds a second, as busy as the machine is
 def test_a_thousand_histories() -> None:
     all_well(0, SEEDS)
 
@@ -53,6 +54,7 @@ def test_many_histories() -> None:
     all_well(SEEDS, MANY)
 
 
+@pytest.mark.timeout(900)
 def test_a_seed_makes_the_same_history_each_time() -> None:
     first, second = (simulate("7").communicate()[0] for _ in range(2))
     assert first == second and len(first.splitlines()) > 20
@@ -66,6 +68,7 @@ def find(name: str) -> None:
     assert unbroken.communicate() and unbroken.returncode == 0, f"seed {seed} fails without it too"
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [name for name, mutant in MUTANTS.items() if mutant.seeds <= 200])
 def test_a_broken_guarantee_is_found(name: str) -> None:
     find(name)
