@@ -274,7 +274,8 @@ class Guest:
             self.store.exit(event)
             self._collector.want_sweep(True)
         elif isinstance(event, messages.Closed):
-            self.store.closed(event)
+            known = self.store.closed(event)
+            self.acknowledge([] if known is None else [known])
             self._collector.want_sweep(True)
         elif isinstance(event, messages.Vmr):
             self._row(event)

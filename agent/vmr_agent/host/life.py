@@ -487,10 +487,12 @@ class Life:
             raise Diverged(f"{_label(run.label)} ended in another way than before")
         self._touched[message.run] = run
 
-    def end(self, message: messages.Closed) -> None:
+    def end(self, message: messages.Closed) -> Optional[messages.Ack]:
+        """Returns the Ack of a run that is finished: it became durable in an earlier session's sync, after this
+        one's first Ack of it, and nothing else would say so."""
         run = self._known(message.run)
         if run is None:
-            return
+            return messages.Ack(message.run, int(RunState.CLOSED), message.stdout, message.stderr)
         lengths = tuple(held.held for held in run.streams.values())
         if run.exit is None or message.stdout > lengths[0] or message.stderr > lengths[1]:
             raise BadGuest(f"{run.path} closed before all of it was sent")
@@ -501,6 +503,7 @@ class Life:
             self._apply_closed(run, message)
             self._write_result(run)
         self._touched[message.run] = run
+        return None
 
     def flush_line(self, run_id: bytes, stream: Stream) -> None:
         run = self._runs.get(run_id)

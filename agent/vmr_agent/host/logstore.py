@@ -267,10 +267,12 @@ class LogStore:
             with self._writing():
                 self._current.exit(message)
 
-    def closed(self, message: messages.Closed) -> None:
-        if not self._diverged:
-            with self._writing():
-                self._current.end(message)
+    def closed(self, message: messages.Closed) -> Optional[messages.Ack]:
+        """The Ack, where all of the run is durable already."""
+        if self._diverged:
+            return None
+        with self._writing():
+            return self._current.end(message)
 
     def flush_line(self, run: bytes, stream: int) -> None:
         """Show the part of a line held back now. Journaled, so that rendering depends on nothing else."""
