@@ -120,7 +120,8 @@ class Script:
         if what == "sleep":
             self.world.clock.after(args[0], self._step)
         elif what == "reboot file":
-            self.vm.put(f"{LAUNCH}/{real_os.fsdecode(self.vmr)}/reboot", b"")
+            with suppress(FileNotFoundError):  # its directory is gone
+                self.vm.put(f"{LAUNCH}/{real_os.fsdecode(self.vmr)}/reboot", b"")
             self.world.clock.after(0.001, self._step)
         elif what == "leave":
             self._leave(*args)
