@@ -943,12 +943,13 @@ class Spool(History):
         """
         self._continue_survey()
         used = self.usage()
-        if used > self.limit:
+        bound = self.limit // 20 * 19 if self._full else self.limit
+        if used > bound:
             # Down to nine tenths, so that it is not done again for each megabyte.
             self._prune(acked, used - self.limit // 10 * 9)
             used = self.usage()
         self._used = used
-        full = used > (self.limit // 20 * 19 if self._full else self.limit)
+        full = used > bound
         if full and not self._full:
             with contextlib.suppress(OSError):
                 (self.path / "full").touch(0o600)
