@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import struct
 import tracemalloc
@@ -146,7 +145,7 @@ def test_a_payload_is_a_map_the_page_tells(cls: Any) -> None:
     message = plainest(cls)
     row = rows(pack(message, **address(cls)))
     head = ["type"] if cls is Hello else ["type", "to", "n"]
-    assert list(row) == head + [field.name for field in dataclasses.fields(cls)]
+    assert list(row) == head + list(cls._fields)
     assert row["type"] == cls.__name__.lower()
 
 
@@ -174,7 +173,7 @@ def test_wrong_values(cls: Any) -> None:
         for value in WRONG[kind]:
             if value not in ([], {}):  # an empty tuple, list or map is the same to the one who packs
                 with pytest.raises(Malformed):
-                    pack(dataclasses.replace(message, **{name: value}), **address(cls))
+                    pack(message._replace(**{name: value}), **address(cls))
             if too_strange(value):
                 continue
             with pytest.raises(MalformedMessage) as caught:

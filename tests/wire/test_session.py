@@ -57,6 +57,9 @@ class End:
     def heard(self, kind: type) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
 
+    def messages(self) -> list[Event]:
+        return [event for event in self.events if not isinstance(event, (Opened, Ended))]
+
 
 def carry(sender: End, receiver: End, now: float = 0.0) -> None:
     frames, sender.out = sender.out, []
@@ -154,6 +157,110 @@ def test_a_host_cut_off_at_any_byte_finds_back_and_nothing_is_taken_twice() -> N
         assert host.heard(Vmr)[-1].attempt == 7
 
 
+# What is said in the conversation that is cut, from its first Hello on: who says it, and what.
+SAID = (
+    *(("guest", row(number)) for number in range(3)),
+    ("host", messages.Ack(run=b"r" * 16, state=1, stdout=3, stderr=0)),
+    ("guest", messages.Output(run=b"r" * 16, stream=1, offset=3, more=False, marks=((4, 1),), data=b"four")),
+    ("host", Start(delay=9)),
+    # More than a Hello holds: the next one does not fill up what is cut off.
+    ("host", messages.Request(request=b"q" * 16, verb="write", args={"data": b"x" * 500})),
+    ("guest", messages.Reply(request=b"q" * 16, ok=True, error="", result={"data": b"y" * 500})),
+    ("host", messages.Ack(run=b"r" * 16, state=1, stdout=7, stderr=0)),
+    ("guest", row(3)),
+)
+
+
+class Line:
+    """Carries both directions byte by byte until so many bytes have passed in all; what is over stays in ``left``."""
+
+    def __init__(self, most: int) -> None:
+        self.guest, self.host = End(Role.GUEST), End(Role.HOST)
+        self.most = most
+        self.said = {"guest": b"", "host": b""}
+        self.left = {"guest": b"", "host": b""}
+        """Of what was said, what was under way when it was cut."""
+        self.guest.do(lambda session: session.connect(0))
+        self.host.do(lambda session: session.connect(0))
+        self._settle()
+        for side, message in SAID:
+            end = self.guest if side == "guest" else self.host
+            if end.session.open and not self.cut:
+                end.send(message)
+                self._settle()
+
+    @property
+    def cut(self) -> bool:
+        return self.most <= 0
+
+    def _settle(self) -> None:
+        while self.guest.out or self.host.out:
+            for sender, receiver in ((self.guest, self.host), (self.host, self.guest)):
+                data, sender.out = b"".join(sender.out), []
+                passed = data[: max(0, self.most)]
+                self.most -= len(data)
+                self.said[sender.role.value] += data
+                self.left[sender.role.value] += data[len(passed) :]
+                if passed:
+                    receiver.do(lambda session, data=passed: session.receive(data, 0))
+
+
+@pytest.mark.parametrize("guest_sees_it", [True, False], ids=["seen", "missed"])
+@pytest.mark.parametrize("stale", [True, False], ids=["stale", "dropped"])
+def test_the_host_closes_and_returns_at_every_byte_of_a_conversation(
+    guest_sees_it: bool, stale: bool
+) -> None:
+    """Both directions, from the first byte of the first Hello on; the session is back within three heartbeats.
+
+    What was under way is dropped, as QEMU does with the guest's, or stale bytes come first: all of what the host
+    said, if the guest opens the port anew and had read none of it. A fast reconnect is one the guest doesn't see.
+    """
+    whole = Line(1 << 30)
+    length = (1 << 30) - whole.most
+    assert length > 1000 and len(whole.host.heard(Vmr)) == 4 and len(whole.guest.heard(messages.Ack)) == 2
+    worst = 0.0
+    for at in range(length + 1):
+        line = Line(at)
+        guest, host = line.guest, line.host
+        heard = {}
+        for end, other in ((guest, "host"), (host, "guest")):
+            heard[end] = end.messages()
+            said = [message for who, message in SAID if who == other]
+            assert heard[end] == said[: len(heard[end])], "what is heard is what was said, from the first on"
+        host.do(lambda session: session.disconnect("gone"))
+        if guest_sees_it:
+            guest.do(lambda session: session.disconnect("the host is away"))
+        guest.out.clear()
+        host.out.clear()
+        now = 0.1
+        host.do(lambda session: session.connect(now))
+        if guest_sees_it:
+            guest.do(lambda session: session.connect(now))
+        if stale:
+            bytes_of = line.said if guest_sees_it else line.left
+            for end, data in ((guest, bytes_of["host"]), (host, bytes_of["guest"])):
+                end.do(lambda session, data=data: session.receive(data, now))
+            if not guest_sees_it:  # to it they are the rest of a conversation that isn't over
+                heard[guest] = guest.messages()
+                assert (
+                    heard[guest] == [message for who, message in SAID if who == "host"][: len(heard[guest])]
+                )
+        settle(guest, host, now)
+        while not (guest.session.open and host.session.open):
+            now = max(now + 0.01, min(end.session.next_tick() or 0.0 for end in (guest, host)))
+            assert now - 0.1 <= SILENCE, f"cut at byte {at}, no session {now - 0.1:.1f} s later"
+            for end in (guest, host):
+                end.do(lambda session: session.tick(now))
+            settle(guest, host, now)
+        worst = max(worst, now - 0.1)
+        guest.send(row(99))
+        host.send(Start(delay=99))
+        settle(guest, host, now)
+        assert guest.messages() == [*heard[guest], Start(delay=99)], f"cut at byte {at}"
+        assert host.messages() == [*heard[host], row(99)], f"cut at byte {at}"
+    print(f"{length + 1} offsets, the session back within {worst:.1f} s")
+
+
 def test_a_new_host_ends_the_guests_session_and_opens_another() -> None:
     guest, _ = pair()
     new = End(Role.HOST)
@@ -232,6 +339,23 @@ def test_a_hello_that_was_lost_is_said_again_at_each_heartbeat() -> None:
     guest.do(lambda session: session.tick(HEARTBEAT))
     settle(guest, host, HEARTBEAT)
     assert guest.session.open and host.session.open
+
+
+def test_a_guest_says_its_heartbeat_when_it_hears_one_so_that_both_cost_one_wake_up() -> None:
+    guest, host = pair()
+    woken = 0
+    now = 0.0
+    while now < 20 * HEARTBEAT:
+        now = host.session.next_tick() or 0.0
+        guest_due = guest.session.next_tick() or 0.0
+        if guest_due < now:
+            woken += 1
+            guest.do(lambda session, at=guest_due: session.tick(at))
+        host.do(lambda session, at=now: session.tick(at))
+        settle(guest, host, now)
+    assert woken <= 1
+    assert len(guest.heard(messages.Heartbeat)) == len(host.heard(messages.Heartbeat)) >= 19
+    assert not guest.heard(Ended) and not host.heard(Ended)
 
 
 def test_half_a_frame_is_given_up_after_two_seconds_and_what_follows_it_is_found() -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import Union
+from typing import NamedTuple, Union
 
 MAX_FRAME = 32_768  # a virtio-serial port takes at most 32 KiB in one write (drivers/char/virtio_console.c)
 HEADER = struct.Struct(">BI4sI")
@@ -32,8 +31,7 @@ def encode(head: bytes, data: Union[bytes, memoryview] = b"") -> bytes:
     return b"".join((HEADER.pack(_EXT32, length + _INSIDE, _MAGIC, crc), head, data))
 
 
-@dataclass(frozen=True)
-class Garbage:
+class Garbage(NamedTuple):
     """Bytes that belong to no frame."""
 
     length: int

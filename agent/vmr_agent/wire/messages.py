@@ -1,17 +1,16 @@
-"""What lives here: one frozen dataclass per message, and payloads packed and unpacked.
+"""What lives here: one class per message, and payloads packed and unpacked.
 
 The only importer of msgpack. It must not know: frames, sessions, what a message makes anybody do.
 `PROTOCOL.md` is the agreement; the kinds below are its kinds, and a test holds its tables against these
-classes. Over 400 lines: twelve messages, each with its fields, are read as one list.
+classes. Named tuples, for dataclasses take the guest 2 MB and, in a slow VM, a third of a second to make.
+Over 400 lines: twelve messages, each with its fields, are read as one list.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Callable, Optional, Union
+from typing import Annotated, Any, Callable, NamedTuple, Optional, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
@@ -110,171 +109,165 @@ KINDS: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
-def _of(kind: str) -> Any:
-    return field(metadata={"kind": kind})
-
-
-def _maybe(kind: str) -> Any:
-    return field(default=None, metadata={"kind": kind, "optional": True})
-
-
 Scalar = Union[None, bool, int, str, bytes]
 Pairs = tuple[tuple[int, int], ...]
+
+# What a field is annotated with: what it is in Python, and which kind it is on the wire.
+Uint = Annotated[int, "uint"]
+Int = Annotated[int, "int"]
+Bool = Annotated[bool, "bool"]
+Text = Annotated[str, "text"]
+Bin = Annotated[bytes, "bin"]
+Bin8 = Annotated[bytes, "bin8"]
+Bin16 = Annotated[bytes, "bin16"]
+Name = Annotated[bytes, "name"]
+Map = Annotated[Mapping[str, Scalar], "map"]
+Marks = Annotated[Pairs, "marks"]
+Tails = Annotated[Pairs, "tails"]
 
 # --- messages -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Hello:
+class Hello(NamedTuple):
     """Opens a session. From ``spool`` on the fields are the guest's; ``since_zero`` < 0 before time zero."""
 
-    id: bytes = _of("bin8")
-    peer: Optional[bytes] = _of("bin8?")
-    role: str = _of("text")
-    protocol: int = _of("uint")
-    version: str = _of("text")
-    wall: int = _of("uint")
-    spool: Optional[bytes] = _maybe("bin16")
-    boot: Optional[str] = _maybe("text")
-    machine: Optional[str] = _maybe("text")
-    hostname: Optional[bytes] = _maybe("bin")
-    boottime: Optional[int] = _maybe("uint")
-    configured: Optional[bool] = _maybe("bool")
-    since_zero: Optional[int] = _maybe("int")
-    zero_by: Optional[str] = _maybe("text")
+    id: Bin8
+    peer: Optional[Bin8]
+    role: Text
+    protocol: Uint
+    version: Text
+    wall: Uint
+    spool: Optional[Bin16] = None
+    boot: Optional[Text] = None
+    machine: Optional[Text] = None
+    hostname: Optional[Bin] = None
+    boottime: Optional[Uint] = None
+    configured: Optional[Bool] = None
+    since_zero: Optional[Int] = None
+    zero_by: Optional[Text] = None
 
 
-@dataclass(frozen=True)
-class Heartbeat:
+class Heartbeat(NamedTuple):
     """Shows that the sender is there. All but ``wall`` is the guest's."""
 
-    wall: int = _of("uint")
-    boottime: Optional[int] = _maybe("uint")
-    configured: Optional[bool] = _maybe("bool")
-    since_zero: Optional[int] = _maybe("int")
-    zero_by: Optional[str] = _maybe("text")
-    health: Optional[Mapping[str, Scalar]] = _maybe("map")
+    wall: Uint
+    boottime: Optional[Uint] = None
+    configured: Optional[Bool] = None
+    since_zero: Optional[Int] = None
+    zero_by: Optional[Text] = None
+    health: Optional[Map] = None
 
 
-@dataclass(frozen=True)
-class Vmr:
+class Vmr(NamedTuple):
     """One row of the guest's table; ``vmr`` nil is the mark that ends a session's first round."""
 
-    vmr: Optional[bytes] = _of("name?")
-    state: str = _of("text")
-    attempt: int = _of("uint")
-    reason: str = _of("text")
-    changed: Optional[bool] = _maybe("bool")
+    vmr: Optional[Name]
+    state: Text
+    attempt: Uint
+    reason: Text
+    changed: Optional[Bool] = None
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A run that has begun; answered by :class:`Ack`."""
 
-    run: bytes = _of("bin16")
-    vmr: bytes = _of("name")
-    attempt: int = _of("uint")
-    trigger: str = _of("text")
-    request: bytes = _of("bin")
-    script: bytes = _of("name")
-    boot: str = _of("text")
-    pid: int = _of("uint")
-    started: int = _of("uint")
+    run: Bin16
+    vmr: Name
+    attempt: Uint
+    trigger: Text
+    request: Bin
+    script: Name
+    boot: Text
+    pid: Uint
+    started: Uint
+    ended: Optional[Uint] = None
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """Bytes of one stream from ``offset``; ``marks``: (length, wall ns) of the reads joined in ``data``."""
 
-    run: bytes = _of("bin16")
-    stream: int = _of("uint")
-    offset: int = _of("uint")
-    more: bool = _of("bool")
-    marks: Pairs = _of("marks")  # noqa: RUF009
-    data: bytes = _of("bin")
+    run: Bin16
+    stream: Uint
+    offset: Uint
+    more: Bool
+    marks: Marks
+    data: Bin
 
 
-@dataclass(frozen=True)
-class Gap:
+class Gap(NamedTuple):
     """``length`` bytes from ``offset`` that will never come."""
 
-    run: bytes = _of("bin16")
-    stream: int = _of("uint")
-    offset: int = _of("uint")
-    length: int = _of("uint")
-    reason: str = _of("text")
+    run: Bin16
+    stream: Uint
+    offset: Uint
+    length: Uint
+    reason: Text
+    wall: Optional[Uint] = None
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(NamedTuple):
     """How a run ended. Times: ns; ``max_rss``: bytes; ``ending``: :class:`vmr_agent.runs.Ending`'s value."""
 
-    run: bytes = _of("bin16")
-    ending: str = _of("text")
-    value: int = _of("uint")
-    text: str = _of("text")
-    started: int = _of("uint")
-    ended: int = _of("uint")
-    started_boottime: int = _of("uint")
-    ended_boottime: int = _of("uint")
-    boot: str = _of("text")
-    stdout: int = _of("uint")
-    stderr: int = _of("uint")
-    user: int = _of("uint")
-    system: int = _of("uint")
-    max_rss: int = _of("uint")
-    asks_reboot: bool = _of("bool")
+    run: Bin16
+    ending: Text
+    value: Uint
+    text: Text
+    started: Uint
+    ended: Uint
+    started_boottime: Uint
+    ended_boottime: Uint
+    boot: Text
+    stdout: Uint
+    stderr: Uint
+    user: Uint
+    system: Uint
+    max_rss: Uint
+    asks_reboot: Bool
 
 
-@dataclass(frozen=True)
-class Closed:
+class Closed(NamedTuple):
     """No byte will follow; the final lengths."""
 
-    run: bytes = _of("bin16")
-    stdout: int = _of("uint")
-    stderr: int = _of("uint")
-    reason: str = _of("text")
+    run: Bin16
+    stdout: Uint
+    stderr: Uint
+    reason: Text
 
 
-@dataclass(frozen=True)
-class Ack:
+class Ack(NamedTuple):
     """What of a run the host holds durably; ``state`` is a value of :class:`vmr_agent.runs.RunState`."""
 
-    run: bytes = _of("bin16")
-    state: int = _of("uint")
-    stdout: int = _of("uint")
-    stderr: int = _of("uint")
-    tails: Optional[Pairs] = _maybe("tails")  # noqa: RUF009
+    run: Bin16
+    state: Uint
+    stdout: Uint
+    stderr: Uint
+    tails: Optional[Tails] = None
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """Time zero is ``delay`` ns from now."""
 
-    delay: int = _of("int")
+    delay: Int
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """Asks for something by ``verb``; answered by :class:`Reply`."""
 
-    request: bytes = _of("bin16")
-    verb: str = _of("text")
-    args: Mapping[str, Scalar] = _of("map")
+    request: Bin16
+    verb: Text
+    args: Map
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """The answer to a :class:`Request`."""
 
-    request: bytes = _of("bin16")
-    ok: bool = _of("bool")
-    error: str = _of("text")
-    result: Mapping[str, Scalar] = _of("map")
+    request: Bin16
+    ok: Bool
+    error: Text
+    result: Map
 
 
-@dataclass(frozen=True)
-class Unknown:
+class Unknown(NamedTuple):
     """A message of a type this version doesn't know; counted and skipped. Never sent."""
 
     type: str
@@ -290,10 +283,10 @@ TYPES: Mapping[str, Any] = {
 
 def _fields(cls: Any) -> tuple[tuple[str, str, bool, Callable[[Any], bool]], ...]:
     rows = []
-    for item in dataclasses.fields(cls):
-        kind = item.metadata["kind"].rstrip("?")
-        optional = item.metadata.get("optional", False) or item.metadata["kind"].endswith("?")
-        rows.append((item.name, kind, optional, KINDS[kind]))
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        optional = get_origin(hint) is Union
+        kind = (get_args(hint)[0] if optional else hint).__metadata__[0]
+        rows.append((name, kind, optional, KINDS[kind]))
     return tuple(rows)
 
 
@@ -311,8 +304,7 @@ def text(value: str) -> str:
 # --- packing --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Envelope:
+class Envelope(NamedTuple):
     """A message and what the session needs to place it; ``to`` is empty and ``n`` -1 for a Hello."""
 
     message: Message

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from dataclasses import dataclass
-from typing import Callable, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 from vmr_agent.wire import framing, messages
 from vmr_agent.wire.messages import Heartbeat, Hello, Malformed, MalformedMessage, Message, Unknown
 
 HEARTBEAT = 5.0  # s; in the manner of minimega's miniccc: silence means reset
+AWAITED = 1.0  # s; an idle guest wakes half as often when its heartbeat goes out with the host's coming in
 SILENCE = 15.0  # s; three heartbeats
 HALF_FRAME = 2.0  # s; a host killed in mid-frame never sends the rest
 PROTOCOL = 1
@@ -33,15 +33,13 @@ class State(enum.Enum):
     OPEN = "open"
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """A session is open; ``hello`` is the peer's."""
 
     hello: Hello
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """The session is over; what was not acknowledged in it is to be sent again in the next."""
 
     reason: str
@@ -144,7 +142,7 @@ class Session:
                 self._item(item, now, events)
         if self.open and now - self._heard >= SILENCE:
             events += self.renew(now, f"silence of {SILENCE:.0f} s")
-        if now - self._sent >= HEARTBEAT:
+        if now >= self._beat_due():
             if self.open:
                 self.beat(now)
             else:
@@ -155,7 +153,7 @@ class Session:
         """When :meth:`tick` has something to do if nothing comes before; None while there is no channel."""
         if self.state is State.SHUT:
             return None
-        due = self._sent + HEARTBEAT
+        due = self._beat_due()
         if self.open:
             due = min(due, self._heard + SILENCE)
         if self._decoder.pending:
@@ -195,6 +193,9 @@ class Session:
             self._outbox.append(self.frame(self._beat()))
 
     # --- inside ---
+
+    def _beat_due(self) -> float:
+        return self._sent + HEARTBEAT + (AWAITED if self.open and self.role is Role.GUEST else 0.0)
 
     def _number(self) -> tuple[bytes, int]:
         if not self.open or self.peer is None:
@@ -259,6 +260,12 @@ class Session:
                 self.counts["unknown"] += 1
             elif message is not None:
                 events.append(message)
+                if (
+                    isinstance(message, Heartbeat)
+                    and self.role is Role.GUEST
+                    and now - self._sent >= HEARTBEAT / 2
+                ):
+                    self.beat(now)
 
     def _garbage(self, length: int, now: float, events: list[Event]) -> None:
         self.counts["garbage"] += length

@@ -344,10 +344,15 @@ def each_message() -> None:
         g.say("vmr", **vmr_fields(state="exited", attempt=2, changed=True)),
         g.say("vmr", **vmr_fields(vmr=None, state="")),
         g.say("run", **run_fields()),
-        g.say("run", **run_fields(run=RUN2, attempt=2, trigger="rerun", request=ASK, pid=0)),
+        g.say(
+            "run", **run_fields(run=RUN2, attempt=2, trigger="rerun", request=ASK, pid=0, ended=WALL + 9_000)
+        ),
         g.say("output", **output_fields()),
         g.say("output", **output_fields(stream=2, more=True, marks=[[4, WALL + 91]], data=b"\xef\x00\r\n")),
-        g.say("gap", run=RUN, stream=2, offset=4, length=1_000_000, reason="dropped: the spool is full"),
+        g.say(
+            "gap", run=RUN, stream=2, offset=4, length=1_000_000, reason="dropped: no room", wall=WALL + 95
+        ),
+        g.say("gap", run=RUN, stream=1, offset=10**12, length=1, reason="pruned in the guest"),
         g.say("exit", **exit_fields()),
         g.say(
             "exit",
@@ -408,6 +413,7 @@ def values() -> None:
             "heartbeat", wall=WALL, boottime=None, configured=None, since_zero=None, zero_by=None, health=None
         ),
         g.say("vmr", **vmr_fields(vmr=None, state="", changed=None)),
+        g.say("run", **run_fields(ended=None)),
     )
     g = Counted(HOST)
     bare = {"state": "", "attempt": 0, "reason": ""}
@@ -418,6 +424,7 @@ def values() -> None:
         message("hello", **hello),
         g.say("heartbeat", wall=WALL),
         g.say("vmr", **bare),
+        g.say("run", **run_fields()),
     )
     h = Counted(GUEST)
     add(
@@ -429,7 +436,7 @@ def values() -> None:
     )
     long = "é" * 2048  # 4,096 bytes
     for name, number, low in (("least", 0, MIN), ("most", MAX, MAX)):
-        each = {key: number for key in ("attempt", "pid", "started")}
+        each = {key: number for key in ("attempt", "pid", "started", "ended")}
         times = {
             key: number
             for key in ("value", "started", "ended", "started_boottime", "ended_boottime", "stdout", "stderr")
