@@ -6,7 +6,6 @@ It must not know: transfers, paths.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 
 _BLOCK = 1 << 20  # bytes hashed at once; other threads run meanwhile
@@ -25,6 +24,8 @@ class Digest:
     """SHA-256 of contents told from the start on, holes by their length."""
 
     def __init__(self) -> None:
+        import hashlib  # half a megabyte of memory, which a guest takes that is asked for a file
+
         self._sha256 = hashlib.sha256()
 
     def data(self, data: bytes) -> None:

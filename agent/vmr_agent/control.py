@@ -102,6 +102,8 @@ class Client:
                 break
             try:
                 request = json.loads(line)
+                # Halves of surrogate pairs are good JSON, and no name: only those of `os.fsdecode` pass.
+                json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogateescape")
             except (ValueError, RecursionError):
                 request = None
             if not isinstance(request, dict) or not isinstance(request.get("verb"), str):
@@ -152,13 +154,17 @@ class Client:
         self._listening, self.watching, self._out = False, None, b""
 
 
-class Daemon:
-    """The daemon as a verb sees it: ask, and read what it says."""
+class Connection:
+    """A daemon, or a collector, as a verb sees it: ask, and read what it says."""
 
-    def __init__(self, path: Path, *, program: str, hint: str) -> None:
-        """Connect to the socket at ``path``. Raises Problem when nobody is there or it may not be asked."""
+    def __init__(self, path: Path, *, program: str, hint: str, patience: Optional[float] = None) -> None:
+        """Connect to the socket at ``path``. Raises Problem when nobody is there or it may not be asked.
+
+        ``patience``: seconds after which whoever is silent counts as gone.
+        """
         self._program = program
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._sock.settimeout(patience)
         try:
             self._sock.connect(os.fspath(path))
         except OSError as error:
@@ -172,7 +178,7 @@ class Daemon:
             raise Problem(f"cannot reach the {program} at {path}: it isn't running", hint=hint) from None
         self._in = b""
 
-    def __enter__(self) -> Daemon:
+    def __enter__(self) -> Connection:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,6 +197,8 @@ class Daemon:
             answer = self._line()
             while answer is not None and "event" in answer:  # said unasked, before it heard us
                 answer = self._line()
+        except socket.timeout:  # TimeoutError only since Python 3.10
+            raise Problem(f"cannot hear the {self._program}: it doesn't answer") from None
         except OSError:
             answer = None
         except ValueError:

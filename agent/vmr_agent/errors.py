@@ -31,4 +31,6 @@ def show(name: bytes) -> str:
     sequence; shown raw it could forge a log line.
     """
     text = name.decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import datetime
 import enum
-import hashlib
+import signal
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 RunId = bytes
 """16 random bytes, made with the run's directory; names the run on the wire and for ever."""
@@ -55,8 +54,7 @@ class Ending(enum.Enum):
     LOST = "lost"
 
 
-@dataclass(frozen=True)
-class RunInfo:
+class RunInfo(NamedTuple):
     """What is known of a run before it starts; the content of ``run.json``."""
 
     run: RunId
@@ -76,8 +74,7 @@ class RunInfo:
     """The how-manieth run of this VMR asked for by a reboot (0: none); bounds reboot loops."""
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """The script's process, written before it is let go; the content of ``started``."""
 
     pid: int
@@ -88,15 +85,13 @@ class Started:
     boottime_ns: int
 
 
-@dataclass(frozen=True)
-class Rusage:
+class Rusage(NamedTuple):
     user_s: float = 0.0
     system_s: float = 0.0
     max_rss_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class RunResult:
+class RunResult(NamedTuple):
     """How a run ended: exit code *or* signal *or* could-not-start errno *or* lost with a reason."""
 
     ending: Ending
@@ -153,18 +148,54 @@ def result_from_json(row: Mapping[str, Any]) -> RunResult:
     """
     return RunResult(
         ending=Ending(row["ending"]),
-        value=int(row["value"]),
-        text=str(row["text"]),
-        started_ns=int(row["started_ns"]),
-        ended_ns=int(row["ended_ns"]),
-        started_boottime_ns=int(row["started_boottime_ns"]),
-        ended_boottime_ns=int(row["ended_boottime_ns"]),
-        boot_id=str(row["boot_id"]),
-        stdout=int(row["stdout"]),
-        stderr=int(row["stderr"]),
-        rusage=Rusage(float(row["user_s"]), float(row["system_s"]), int(row["max_rss_bytes"])),
+        value=whole(row["value"]),
+        text=word(row["text"]),
+        started_ns=whole(row["started_ns"]),
+        ended_ns=whole(row["ended_ns"]),
+        started_boottime_ns=whole(row["started_boottime_ns"]),
+        ended_boottime_ns=whole(row["ended_boottime_ns"]),
+        boot_id=word(row["boot_id"], most=256),
+        stdout=whole(row["stdout"]),
+        stderr=whole(row["stderr"]),
+        rusage=Rusage(_seconds(row["user_s"]), _seconds(row["system_s"]), whole(row["max_rss_bytes"])),
         asks_reboot=bool(row["asks_reboot"]),
     )
+
+
+def started_from_json(row: Mapping[str, Any]) -> Started:
+    """The map ``process`` in ``started``. Raises KeyError, TypeError or ValueError when it is none."""
+    return Started(
+        pid=whole(row["pid"]),
+        ticks=whole(row["ticks"]),
+        boot_id=word(row["boot_id"], most=256),
+        wall_ns=whole(row["wall_ns"]),
+        boottime_ns=whole(row["boottime_ns"]),
+    )
+
+
+# What a damaged disk makes of a record may still be JSON. What comes of it is sent: a number or a text that no
+# message can hold must not get that far.
+
+
+def whole(value: Any) -> int:
+    """A count or a time read from a file. Raises ValueError for what is none."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("no count")
+    return value
+
+
+def word(value: Any, *, most: int = 1 << 20) -> str:
+    """A text read from a file. Raises ValueError for what is none, is longer, or has halves of surrogate pairs."""
+    if type(value) is not str or len(value.encode()) > most:
+        raise ValueError("no text")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not 0 <= seconds <= 10**9:
+        raise ValueError("no time")
+    return seconds
 
 
 # DESIGN "Names": what a path segment may hold unescaped. Everything else, and "%" itself, is written %XX, so
@@ -184,6 +215,8 @@ def path_segment(name: bytes) -> str:
         return "%2E" * len(name)
     segment = "".join(chr(b) if b in _PLAIN else f"%{b:02X}" for b in name)
     if len(segment) > _MAX_SEGMENT:
+        import hashlib  # half a megabyte of memory, for names hardly anybody gives
+
         segment = segment[:_KEPT] + "%~" + hashlib.sha256(segment.encode()).hexdigest()[:32]
     return segment
 
@@ -192,6 +225,17 @@ def run_path(vmr: bytes, attempt: int) -> str:
     """``<start time>/<name>/<attempt>``, each encoded: where a run lies in the spool and in the log directory."""
     start_time, _, name = vmr.partition(b"/")
     return f"{path_segment(start_time)}/{path_segment(name)}/{attempt}"
+
+
+def signal_name(number: int) -> str:
+    """A signal as every row and log has it: SIGTERM, SIGRTMIN+6; signal 0, for a number that is none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # Python names only the ends of the real-time range.
+        if signal.SIGRTMIN < number < signal.SIGRTMAX:
+            return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+        return f"signal {number}"
 
 
 def timestamp(wall_ns: int) -> str:

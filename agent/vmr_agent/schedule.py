@@ -6,13 +6,11 @@ It must not know: files, processes, clocks, the host. What they say comes in as 
 
 from __future__ import annotations
 
-import difflib
 import enum
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 from vmr_agent.errors import show
 from vmr_agent.runs import Trigger
@@ -85,6 +83,8 @@ def sort_key(vmr: bytes) -> tuple[StartTime, bytes]:
 def near(vmr: bytes, known: Iterable[bytes], *, otherwise: str = "vmr-agent status lists them") -> str:
     """A hint for somebody who named a VMR that there isn't: those he may have meant."""
     names = [show(each) for each in known]
+    import difflib  # only for a name that was mistyped
+
     found = difflib.get_close_matches(show(vmr), names, n=3, cutoff=0.4)
     if not found:  # the same directory name at another time
         tail = show(vmr).rpartition("/")[2]
@@ -103,8 +103,7 @@ class Staging(enum.Enum):
     REFUSED = "refused"
 
 
-@dataclass(frozen=True)
-class Vmr:
+class Vmr(NamedTuple):
     """One VMR as staged."""
 
     name: bytes
@@ -118,8 +117,7 @@ class Vmr:
     """Why it is refused."""
 
 
-@dataclass(frozen=True)
-class Past:
+class Past(NamedTuple):
     """What the schedule must know of one VMR's runs. A *scheduled* attempt is one not started by a rerun."""
 
     attempts: int
@@ -142,8 +140,7 @@ class Past:
     """The VMR was seen gone since the latest attempt."""
 
 
-@dataclass(frozen=True)
-class Now:
+class Now(NamedTuple):
     """The moment: what the clock, the host, the settings and ``.hold`` say."""
 
     boottime: float
@@ -162,8 +159,7 @@ class Now:
     can_reboot: bool = True
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     vmr: bytes
     trigger: Trigger
     clear_reboot: bool
@@ -172,8 +168,7 @@ class Start:
     """The barrier of its start time waits for this run."""
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     start: tuple[Start, ...]
     configured: bool
     """When this is news, record it and decide again: nothing starts on the strength of it before."""
@@ -185,28 +180,28 @@ class Decision:
     """When deciding again can change something though nothing has happened."""
 
 
-@dataclass
 class _Survey:
     """The VMRs sorted by what the schedule can do with them; made in one pass, for there may be thousands."""
 
-    holding: list[bytes] = field(default_factory=list)
-    """Runs that a barrier waits for."""
-    negative: list[tuple[StartTime, bytes]] = field(default_factory=list)
-    """READY, and nothing but its turn is missing; also those that start again after a reboot."""
-    positive: list[tuple[StartTime, bytes]] = field(default_factory=list)
-    own_run: list[bytes] = field(default_factory=list)
-    """As ``negative`` and ``positive``, but an earlier attempt is still in progress."""
-    settling: list[tuple[StartTime, bytes, float]] = field(default_factory=list)
-    """Negative, and until when a start time waits for it."""
-    staging: list[bytes] = field(default_factory=list)
-    """Not READY, and has not run."""
-    again: set[bytes] = field(default_factory=set)
-    """Those of ``negative`` and ``own_run`` that start because the reboot they asked for has happened."""
-    asking: list[bytes] = field(default_factory=list)
-    """Ask for a reboot of this boot, and are to get it."""
-    given_up: list[bytes] = field(default_factory=list)
-    still: float = 0.0
-    """When all that has not run will have been unchanged for ``quiet``, if nothing changes any more."""
+    def __init__(self, *, still: float) -> None:
+        self.holding: list[bytes] = []
+        """Runs that a barrier waits for."""
+        self.negative: list[tuple[StartTime, bytes]] = []
+        """READY, and nothing but its turn is missing; also those that start again after a reboot."""
+        self.positive: list[tuple[StartTime, bytes]] = []
+        self.own_run: list[bytes] = []
+        """As ``negative`` and ``positive``, but an earlier attempt is still in progress."""
+        self.settling: list[tuple[StartTime, bytes, float]] = []
+        """Negative, and until when a start time waits for it."""
+        self.staging: list[bytes] = []
+        """Not READY, and has not run."""
+        self.again: set[bytes] = set()
+        """Those of ``negative`` and ``own_run`` that start because the reboot they asked for has happened."""
+        self.asking: list[bytes] = []
+        """Ask for a reboot of this boot, and are to get it."""
+        self.given_up: list[bytes] = []
+        self.still = still
+        """When all that has not run will have been unchanged for ``quiet``, if nothing changes any more."""
 
 
 def _survey(vmrs: Mapping[bytes, Vmr], past: Mapping[bytes, Past], now: Now) -> _Survey:
@@ -390,8 +385,15 @@ def explain(vmrs: Mapping[bytes, Vmr], past: Mapping[bytes, Past], now: Now) -> 
             why[name] = f"at {start_time} s after time zero"
         else:
             why[name] = "about to start"
-    if now.held or not now.enabled:
-        word = "held" if now.enabled else "schedule is off"
+    if standstill(held=now.held, enabled=now.enabled):
+        word = standstill(held=now.held, enabled=now.enabled)
         for name in (name for _, name in found.negative + found.positive):
             why[name] = word
     return why
+
+
+def standstill(*, held: bool, enabled: bool) -> str:
+    """Why nothing at all is started, in a phrase; empty when something may be."""
+    if not enabled:
+        return "schedule is off"
+    return "held" if held else ""

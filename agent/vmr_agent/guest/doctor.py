@@ -32,6 +32,7 @@ _ENOUGH = 64 << 20  # bytes free under the state directory; the shim leaves 32 M
 _SANE_YEARS = range(2020, 2100)
 _NAMED = 5  # of many alike; the rest is counted
 _SYSTEMCTL_S = 10.0
+_PATIENCE_S = 5.0  # for a daemon that hangs, which is when this is asked for
 
 
 class Finding(NamedTuple):
@@ -44,11 +45,11 @@ class Finding(NamedTuple):
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """Look at everything, in the order in which it is of use."""
-    status = _ask(settings)
+    status, problem = _ask(settings)
     looks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
         ("libraries", _libraries),
         ("unit", _unit),
-        ("daemon", lambda: _daemon(settings, status)),
+        ("daemon", lambda: _daemon(status, problem)),
         ("port", lambda: _port(settings, status)),
         ("launch directory", lambda: _launch(settings)),
         ("events", lambda: _events(settings)),
@@ -65,12 +66,14 @@ def examine(settings: Settings) -> Iterator[Finding]:
             yield Finding(subject, f"cannot look: {error}", "look at it by hand")
 
 
-def _ask(settings: Settings) -> Optional[dict[str, Any]]:
+def _ask(settings: Settings) -> tuple[Optional[dict[str, Any]], Optional[Problem]]:
+    """What the daemon says of itself, or why it doesn't."""
+    path, start = settings.runtime_dir / control.SOCKET, "systemctl start vmr-agent, or vmr-agent run"
     try:
-        with control.Daemon(settings.runtime_dir / control.SOCKET, program="daemon", hint="") as daemon:
-            return daemon.ask("status")
-    except Problem:
-        return None
+        with control.Connection(path, program="daemon", hint=start, patience=_PATIENCE_S) as daemon:
+            return daemon.ask("status"), None
+    except Problem as problem:
+        return None, problem
 
 
 # --- the program ---------------------------------------------------------------------------------------------
@@ -118,10 +121,10 @@ def _systemctl(verb: str) -> str:
     return done.stdout.strip() or ("not-found" if done.returncode else "")
 
 
-def _daemon(settings: Settings, status: Optional[Mapping[str, Any]]) -> Iterator[Finding]:
-    path = settings.runtime_dir / control.SOCKET
+def _daemon(status: Optional[Mapping[str, Any]], problem: Optional[Problem]) -> Iterator[Finding]:
+    if problem is not None:
+        yield Finding("daemon", problem.args[0], problem.hint or f"systemctl restart {UNIT}")
     if status is None:
-        yield Finding("daemon", f"nobody answers at {path}", "systemctl start vmr-agent, or vmr-agent run")
         return
     held = ", held (vmr-agent resume)" if status["held"] else ""
     off = ", schedule is off" if status["schedule"] == "off" else ""
@@ -190,7 +193,7 @@ def _port_names() -> Iterator[str]:
 
 def _launch(settings: Settings) -> Iterator[Finding]:
     launch = settings.launch_dir
-    watcher = Watcher(launch, log=lambda _: None, events=False)
+    watcher = Watcher(launch, log=lambda _: None, events=False, mend=False)
     watcher.scan(0.0, full=True)
     if watcher.problem is not None:
         remedy = "its owner must be root, and nobody else may write to it or to what is above it"
@@ -266,18 +269,15 @@ def _spool(settings: Settings) -> Iterator[Finding]:
     total, free = fs.f_blocks * fs.f_frsize, fs.f_bavail * fs.f_frsize
     limit = settings.spool_limit or min(1 << 30, total // 10)
     text = f"{state} takes {_mib(used)} of {_mib(limit)}; {_mib(free)} free"
+    then = "output is dropped" if settings.overflow_drop else "scripts stand still"
     if os.statvfs(state).f_flag & os.ST_RDONLY:
         yield Finding(
             "spool", f"{state} is on a file system mounted read-only", f"mount -o remount,rw {_mount(state)}"
         )
     elif (state / "full").exists():
-        yield Finding(
-            "spool",
-            f"{text}; it is full, scripts stand still",
-            "start vmr-host collect, or raise spool_limit",
-        )
+        yield Finding("spool", f"{text}; it is full, {then}", "start vmr-host collect, or raise spool_limit")
     elif free < min(_ENOUGH, total // 20):
-        yield Finding("spool", text, "make room: with less, scripts stand still")
+        yield Finding("spool", text, f"make room: with less, {then}")
     else:
         yield Finding("spool", text)
 
@@ -294,6 +294,10 @@ def _runs(status: Optional[Mapping[str, Any]]) -> Iterator[Finding]:
         yield Finding(
             "VMR", f"{row['vmr']} stands still: {row['error']}", "make room, or let the host collect"
         )
+    dropping = [row for row in status["vmrs"] if row["state"] == "running" and row["error"]]
+    for row in dropping[:_NAMED]:
+        text = f"{row['vmr']}: {row['error']}; {row['dropped_bytes']:,} bytes so far"
+        yield Finding("VMR", text, "make room, or let the host collect")
     lost = [row["vmr"] for row in status["vmrs"] if row["state"] == "lost"]
     if lost:
         names = ", ".join(lost[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")

@@ -6,21 +6,18 @@ die; so nothing here need be true. It must not know: what a VMR is but that its 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import threading
 import warnings
-from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 _MAX_HINTS = 10_000  # VMRs named by events between two scans; more mean: look at everything
 _KINDS = frozenset({"created", "modified", "closed", "moved", "deleted", "attrib"})
 _COMES_OR_GOES = frozenset({"created", "moved", "deleted"})
 
 
-@dataclass(frozen=True)
-class Hints:
+class Hints(NamedTuple):
     """What events told of since the last scan. Nothing in it need be true still."""
 
     touched: frozenset[bytes]
@@ -69,17 +66,17 @@ class Events:
                 hear(prefix, event.event_type, event.src_path, getattr(event, "dest_path", ""))
 
         before = set(threading.enumerate())
-        observer = InotifyObserver()
-        options: dict[str, Any] = {}
-        if "event_filter" in inspect.signature(observer.schedule).parameters:
-            # Newer ones tell of each open and close too: our own scans would make a storm of events.
-            names = ["FileClosedEvent"]
-            names += [
-                f"{what}{kind.title()}Event" for what in ("File", "Dir") for kind in _KINDS - {"closed"}
-            ]
-            options["event_filter"] = [getattr(kinds, name) for name in names if hasattr(kinds, name)]
+        observer: Any = InotifyObserver()
+        # Newer ones tell of each open and close too: our own scans would make a storm of events.
+        names = ["FileClosedEvent"]
+        names += [f"{what}{kind.title()}Event" for what in ("File", "Dir") for kind in _KINDS - {"closed"}]
+        wanted = [getattr(kinds, name) for name in names if hasattr(kinds, name)]
+        place = {"path": os.fsdecode(path), "recursive": True}
         try:
-            observer.schedule(Handler(), os.fsdecode(path), recursive=True, **options)
+            try:
+                observer.schedule(Handler(), **place, event_filter=wanted)
+            except TypeError:  # before watchdog 4, which has no such argument
+                observer.schedule(Handler(), **place)
             observer.start()
         except BaseException:
             _stop(observer)

@@ -20,9 +20,10 @@ import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from vmr_agent.errors import show
+from vmr_agent.runs import whole
 
 MAX_SURVEYED = 1000  # files; what comes after isn't looked at, for a start waits for it
 MAX_KEPT = 64  # files of one attempt
@@ -79,6 +80,11 @@ class Snapshot:
         self.files = files
         self._open = open_file
 
+    @property
+    def cut(self) -> bool:
+        """Whether there may have been more files than were looked at."""
+        return len(self.files) >= MAX_SURVEYED
+
     def open(self, path: bytes) -> Optional[int]:
         """A descriptor of a regular file's content; None where that is not to be had."""
         file = self.files.get(path)
@@ -124,6 +130,8 @@ def changes(before: Snapshot, after: Snapshot) -> list[Change]:
     found = []
     for path in sorted(before.files.keys() | after.files.keys()):
         one, other = before.files.get(path), after.files.get(path)
+        if (one is None and before.cut) or (other is None and after.cut):
+            continue  # nobody knows whether it was there
         if one is None or other is None or _differs(path, before, after):
             found.append(Change(path, one, other))
     return found
@@ -193,9 +201,20 @@ def _keep(
 def _manifest(run: Path) -> Optional[tuple[int, dict[bytes, File]]]:
     try:
         row = json.loads((run / _MANIFEST).read_bytes())
-        return int(row["at_ns"]), {os.fsencode(path): File(*each) for path, each in row["files"].items()}
-    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return whole(row["at_ns"]), {os.fsencode(path): _file(each) for path, each in row["files"].items()}
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return None
+
+
+def _file(row: Sequence[Any]) -> File:
+    file = File(*row)
+    numbers, texts = file[:6], file[6:]
+    if not all(type(each) is int for each in numbers) or not all(type(each) is str for each in texts):
+        raise ValueError("no signature of a file")
+    if file.kept and not file.kept.isdecimal():
+        raise ValueError("no name of a copy")
+    os.fsencode(file.target)
+    return file
 
 
 def _walk(fd: int, prefix: bytes, depth: int) -> Iterator[tuple[bytes, File]]:
@@ -267,7 +286,10 @@ def _differs(path: bytes, before: Snapshot, after: Snapshot) -> bool:
         return True
     if one.untouched(other) or not one.regular:
         return False
-    mine, theirs = before.read(path, one.size), after.read(path, one.size)
+    mine = before.read(path, one.size)
+    theirs = (
+        after.read(path, one.size) if mine is not None else None
+    )  # one too large to be kept is not read either
     if mine is not None and theirs is not None:
         return mine != theirs
     return one.mtime_ns != other.mtime_ns

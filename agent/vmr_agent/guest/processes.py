@@ -1,6 +1,6 @@
 """What lives here: the processes of a run: which they are, what they use, who holds its pipes; killing them.
 
-And the VM's own health. Only looking and signalling: reaping is the shim's, since psutil's wait() takes the
+Only looking and signalling: reaping is the shim's, since psutil's wait() takes the
 exit status from whoever needs it. It must not know: the schedule, the wire.
 
 psutil is imported when it is first needed: verbs that don't look at processes need not pay for it.
@@ -114,47 +114,33 @@ def kill(run: Run, number: int) -> dict[int, str]:
     import psutil
 
     stopped: dict[int, psutil.Process] = {}
-    deadline = time.monotonic() + _STOP_S
-    while True:
-        found = tree(run)
-        fresh = [process for process in found if process.pid not in stopped]
-        for process in fresh:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGSTOP)
-            stopped[process.pid] = process
-        if not fresh and all(_stands_still(process) for process in found):
-            break
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.001)
-    order = tree(run)
     signalled = {}
-    for process in order:
-        with contextlib.suppress(psutil.Error):
-            name = _name(process)
-            process.send_signal(number)
-            signalled[process.pid] = name
-    if number != signal.SIGSTOP:
-        for process in order:
+    deadline = time.monotonic() + _STOP_S
+    try:
+        while True:
+            found = tree(run)
+            fresh = [process for process in found if process.pid not in stopped]
+            for process in fresh:
+                stopped[process.pid] = process
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGSTOP)
+            if not fresh and all(_stands_still(process) for process in found):
+                break
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.001)
+        for process in tree(run):
+            stopped[process.pid] = process
             with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGCONT)
+                name = _name(process)
+                process.send_signal(number)
+                signalled[process.pid] = name
+    finally:  # whatever fails, nobody is left standing still
+        if number != signal.SIGSTOP:
+            for process in stopped.values():
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGCONT)
     return signalled
-
-
-def health(state_dir: Path) -> dict[str, int]:
-    """How the VM is doing, in whole numbers: it travels with each heartbeat."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    disk = os.statvfs(state_dir)
-    return {
-        "load_1m_milli": int(os.getloadavg()[0] * 1000),
-        "cpus": os.cpu_count() or 1,
-        "memory_total": memory.total,
-        "memory_available": memory.available,
-        "disk_total": disk.f_blocks * disk.f_frsize,
-        "disk_free": disk.f_bavail * disk.f_frsize,
-    }
 
 
 def _stat(pid: int) -> list[bytes]:

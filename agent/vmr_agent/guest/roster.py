@@ -5,13 +5,12 @@ It must not know: the loop, the port, when anything is looked at.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping
 from typing import Any, Optional
 
 from vmr_agent.errors import show
 from vmr_agent.guest.spool import Run, Spool
-from vmr_agent.runs import Ending, RunId, RunResult, Trigger, timestamp
+from vmr_agent.runs import Ending, RunId, RunResult, Trigger, signal_name, timestamp
 from vmr_agent.schedule import Past, Staging, Vmr, sort_key
 
 _SCHEDULED = (Trigger.SCHEDULE, Trigger.REBOOT)
@@ -158,7 +157,10 @@ def state_of(entry: Entry) -> tuple[str, str]:
         if result is not None:
             return ending_word(result), result.text
         blocked = entry.latest.blocked()
-        return ("blocked", blocked) if blocked else ("running", "")
+        if blocked:
+            return "blocked", blocked
+        why = entry.latest.dropping()
+        return "running", f"its output is being dropped: {why}" if why else ""
     if vmr is None or vmr.staging is Staging.STAGING:
         return "staged", ""
     if vmr.staging is Staging.REFUSED:
@@ -173,13 +175,6 @@ def ending_word(result: RunResult) -> str:
         Ending.ERRNO: "failed to start",
         Ending.LOST: "lost",
     }[result.ending]
-
-
-def signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def row(entry: Entry, *, waiting: str, delivered: str, now: float) -> dict[str, Any]:
@@ -213,6 +208,7 @@ def row(entry: Entry, *, waiting: str, delivered: str, now: float) -> dict[str, 
         "error": reason or None,
         "stdout_bytes": lengths.stdout if lengths else 0,
         "stderr_bytes": lengths.stderr if lengths else 0,
+        "dropped_bytes": run.dropped() if run is not None else 0,
         "complete": closed,
         "waiting": waiting or None,
         "delivered": delivered,

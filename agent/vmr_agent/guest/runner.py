@@ -7,6 +7,7 @@ is needed to find it again. It must not know: the schedule, the wire; when to lo
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pwd
 import socket
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable, Optional
 
-from vmr_agent.errors import show
+from vmr_agent.errors import Problem, show
 from vmr_agent.guest import forkserver, processes
 from vmr_agent.guest.spool import Lengths, Run, Spool
 from vmr_agent.runs import RunState, Trigger
@@ -147,6 +148,8 @@ class Runner:
         clear_reboot: bool = False,
     ) -> Run:
         """Make the next run of a VMR and order its start. Problem when there is no space for it: it waits."""
+        if clear_reboot:
+            self._clear_reboot(vmr)
         run = self._spool.create(
             vmr,
             trigger,
@@ -157,17 +160,20 @@ class Runner:
             holds=holds,
             number=number,
         )
-        if clear_reboot:
-            with contextlib.suppress(OSError):
-                os.unlink(self._directory(vmr) + b"/reboot")
-                directory = os.open(self._directory(vmr), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    os.fsync(directory)  # come back after a power cut it would ask for another reboot
-                finally:
-                    os.close(directory)
         self._keep(run)
         self._order(run)
         return run
+
+    def _clear_reboot(self, vmr: bytes) -> None:
+        """Remove the file `reboot`, durably: come back after a power cut it would ask for another. Raises Problem."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._directory(vmr) + b"/reboot")
+        try:
+            sync_directory(self._directory(vmr))
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # gone, and the file with it
+        except OSError as error:
+            raise Problem(f"cannot remove the file reboot of {show(vmr)}: {error.strerror}") from None
 
     def attach(self) -> list[Run]:
         """The runs that the host has not whole, as found on disk; judge() tells what has become of each."""
@@ -178,7 +184,8 @@ class Runner:
 
         `acked` is what the host holds: a lost run's lengths are the larger of that and the spool.
         """
-        # The lock is asked first: whoever let go of it has written all that he had to say before.
+        # The lock is asked first: whoever let go of it has written all that he had to say before. And once more where
+        # what is found is acted on, with another look behind it: a shim may have begun, and ended, between the two.
         held = run.locked()
         if not held and run.result() is None and not self._written(run, run.recover):
             # What it left is not to be taken for nothing, and not to be written over.
@@ -191,7 +198,13 @@ class Runner:
         if result is not None:
             if run.closed() is not None:
                 return RunState.CLOSED
-            if held or not self._written(run, lambda: run.write_closed(self._why(run, result.boot_id))):
+            if held or run.locked():
+                return RunState.EXITED
+            if run.closed() is not None:
+                return RunState.CLOSED
+            if not self._lost_no_power(run, result.boot_id, acked):
+                return RunState.EXITED
+            if not self._written(run, lambda: run.write_closed(self._why(run, result.boot_id))):
                 return RunState.EXITED
             return RunState.CLOSED
         if held:
@@ -200,7 +213,11 @@ class Runner:
             if time.monotonic() - self._ordered.get(run.info.run, -_AGAIN_S) >= _AGAIN_S:
                 self._order(run)
             return RunState.NONE
-        if not processes.gone(started, boot_id=self._boot_id):
+        if not processes.gone(started, boot_id=self._boot_id) or run.locked():
+            return RunState.STARTED
+        if run.result() is not None:
+            return RunState.EXITED
+        if not self._lost_no_power(run, started.boot_id, acked):
             return RunState.STARTED
         spooled = run.lengths()
         stdout, stderr = max(spooled.stdout, acked.stdout), max(spooled.stderr, acked.stderr)
@@ -208,6 +225,10 @@ class Runner:
         asks = os.path.lexists(self._directory(run.info.vmr) + b"/reboot")
         lost = self._written(run, lambda: run.write_lost(why, stdout=stdout, stderr=stderr, asks_reboot=asks))
         return RunState.CLOSED if lost else RunState.STARTED
+
+    def _lost_no_power(self, run: Run, boot_id: str, acked: Lengths) -> bool:
+        """Whether what is spooled is what was printed: at once, or now; False: not yet."""
+        return boot_id == self._boot_id or self._written(run, lambda: run.cut_unsynced(acked))
 
     def _written(self, run: Run, write: Callable[[], object]) -> bool:
         """Write what judge() found out; where that fails (a full or failing disk) it is found out again."""
@@ -251,6 +272,18 @@ class Runner:
             except OSError as error:
                 self._log(f"the fork server takes no orders ({error}); starting another")
                 self._stop_server()
+
+
+def sync_directory(path: bytes) -> None:
+    """Make durable what is in a directory. Raises OSError; not where its file system has no sync for one."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(fd)
 
 
 def _home() -> str:

@@ -6,24 +6,20 @@ Every path has a default, an option and an environment variable; `/etc/vmr-agent
 
 from __future__ import annotations
 
-import configparser
 import os
-import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
+from vmr_agent import sizes
 from vmr_agent.errors import Problem
 
 CONFIG = Path("/etc/vmr-agent.conf")
 _ENVIRONMENT = "VMR_AGENT_"
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Times in seconds, sizes in bytes."""
 
     launch_dir: Path = Path("/var/launch")
@@ -38,6 +34,8 @@ class Settings:
     quiet: float = 10.0
     spool_limit: int = 0
     """0: 1 GiB or a tenth of the file system, the smaller."""
+    overflow_drop: bool = False
+    """Over the limit, or on a file system nearly full, drop output and say so; else its script waits."""
     keep_files: int = 1 << 20
     """Files up to this size are kept with each attempt, for `diff`; 0: none."""
     max_reboots: int = 10
@@ -74,13 +72,6 @@ def _count(text: str) -> int:
     return count
 
 
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ValueError("must be a size such as 512M or 2G")
-    return int(match[1]) * _UNITS[match[2].upper()]
-
-
 def _command(text: str) -> tuple[str, ...]:
     words = tuple(shlex.split(text))
     if not words:
@@ -106,8 +97,7 @@ def _port(text: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """One option of the file. What is written here is all that the manual, the example and `--help` say of it."""
 
     field: str
@@ -164,15 +154,23 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "spool_limit": Option(
         "spool_limit",
-        _size,
+        sizes.parse,
         "SIZE",
         "0",
         "output kept in the VM, at most; a script that prints more waits until the host has some of it. 0: 1 GiB "
         "or a tenth of the file system, the smaller",
     ),
+    "overflow": Option(
+        "overflow_drop",
+        _one_of(block=False, drop=True),
+        "block|drop",
+        "block",
+        "what happens to output that spool_limit, or a file system nearly full, leaves no room for. block: the "
+        "script waits. drop: it doesn't, and what is dropped is counted, logged and listed, byte for byte",
+    ),
     "keep_files": Option(
         "keep_files",
-        _size,
+        sizes.parse,
         "SIZE",
         "1M",
         "files up to this size are kept with each attempt, for vmr-agent diff. 0: none",
@@ -189,7 +187,7 @@ OPTIONS: Mapping[str, Option] = {
 """By the name in the file."""
 
 PATHS = ("launch_dir", "port", "state_dir", "runtime_dir")
-assert {option.field for option in OPTIONS.values()} == {field.name for field in fields(Settings)}
+assert {option.field for option in OPTIONS.values()} == set(Settings._fields)
 
 
 def variable(name: str) -> str:
@@ -222,7 +220,7 @@ def load(
             elif "/" in option:
                 option = os.path.abspath(option)
             values.update(_parse(name, option, "--" + name.replace("_", "-")))
-    return replace(Settings(), **values)
+    return Settings(**values)
 
 
 def _from_environment(environment: Mapping[str, str]) -> Optional[Path]:
@@ -239,10 +237,8 @@ def _parse(name: str, text: str, source: str) -> dict[str, Any]:
 
 
 def _read(path: Path, *, must_exist: bool) -> Mapping[str, str]:
-    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
     try:
-        with path.open(encoding="utf-8") as file:
-            parser.read_file(file)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         if must_exist:
             raise Problem(f"cannot read {path}: there is no such file") from None
@@ -251,7 +247,14 @@ def _read(path: Path, *, must_exist: bool) -> Mapping[str, str]:
         raise Problem(f"cannot read {path}: permission denied", hint="try as root") from None
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror}") from None
-    except (configparser.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise Problem(f"cannot read {path}: {error}") from None
+    import configparser  # only where there is a file: a third of a megabyte
+
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
+    try:
+        parser.read_string(text, source=os.fspath(path))
+    except configparser.Error as error:
         sentence = " ".join(str(error).split())
         raise Problem(f"cannot read {path}: {sentence}") from None
     for section in parser.sections():

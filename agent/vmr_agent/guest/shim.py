@@ -29,14 +29,28 @@ JOIN_NS = 10_000_000  # adjacent reads closer than this share one record of the 
 SYNC_S = 1.0  # what a power cut may take
 RETRY_S = 0.2  # while blocked
 KICK_RETRY_S = 0.005  # the daemon's queue holds 10 datagrams by default
+LAST_SYNC_S = 30.0  # how long an end waits for a disk that fails to take the bytes it counts
 LAST_KICK_S = 2.0  # the end is worth some patience: unheard, it waits for the daemon's next look
 ETXTBSY_S = 5.0  # how long the script may stay open for writing
 CHECK_S, CHECK_BYTES = 0.25, 1024 * 1024  # how often free space is looked at: whichever comes first
+REFUSED_S = 5.0  # the same, while dropping what the file system refused to take
 RESERVE = 32 * 1024 * 1024  # left free for the rest of the VM, or 2 % of a small file system
-EXIT_RECORD = 4096  # blocks taken before the start, so that no shortage can withhold an exit
+BLOCK = (
+    4096  # taken before the start for the exit record, and for gaps, so that no shortage can withhold them
+)
 
-RECORD = struct.Struct("<QQIB3x")  # offset, wall clock ns, length, stream
+# Offset, wall clock ns, length, stream. One of stream 0 and length 0 says how much is synced: of stdout, of stderr.
+RECORD = struct.Struct("<QQIB3x")
+# One stretch of dropped bytes: offset, length once it is over, wall clock ns, stream, GROWS or OVER, cause. While
+# it grows all from its offset to the end of the stream's file is dropped: that file is made longer, takes no
+# block for it, and is the count. The record is durable before its first byte is dropped, and that it is over before
+# the next byte is written: so no crash makes the zeros of the hole pass for output, or output for dropped.
+GAP = struct.Struct("<QQQBBB5x")
+GROWS, OVER = 1, 2
+OVER_LIMIT, NO_ROOM = 1, 2
+_CAUSES = {OVER_LIMIT: "the spool is over its limit", NO_ROOM: "the file system is nearly full"}
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _F_SETPIPE_SZ, _F_GETPIPE_SZ = 1031, 1032  # in fcntl from Python 3.10 on
 _PR_SET_CHILD_SUBREAPER = 36
 _prctl = ctypes.CDLL(None).prctl  # looked up once, in the fork server
@@ -104,6 +118,15 @@ def _read(name: str | bytes, most: int = 4096) -> bytes:
         os.close(fd)
 
 
+def _take_block(fd: int, offset: int) -> None:
+    """Take disk space now for what is to be written later. OSError when there is none."""
+    try:
+        os.posix_fallocate(fd, offset, BLOCK)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise
+
+
 def _remove(name: str) -> None:
     try:
         os.unlink(name)
@@ -123,13 +146,45 @@ class Stream:
         except OSError:
             pass  # a user's pipes are limited in sum
         self.file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self.name = name
+        self.synced = 0  # bytes; of those behind it a sync failed, where `failed`
+        self.failed = False
         self.spooled = 0
         self.held: list[tuple[bytes, int]] = []  # read, with the wall ns; the file system refused it so far
         self.dirty = False
+        self.gap = (0, 0, 0, 0)  # the last one: offset, wall ns, cause, place of its record
+        self.gap_end = -1  # where it ended; -1: there was none
+        self.grows = False  # it is not over
+        self.noted = False  # that it grows is durable, and stands there
 
     @property
     def length(self) -> int:
         return self.spooled + sum(len(data) for data, _ in self.held)
+
+    def sync(self) -> None:
+        """Make durable what there is. OSError where it can't be, for now."""
+        # The kernel tells once that it could not write, and calls the pages clean: another sync alone would lie.
+        if self.failed:
+            self._write_again()
+        self.failed = True
+        os.fdatasync(self.file)
+        self.failed, self.synced, self.dirty = False, self.spooled, False
+
+    def _write_again(self) -> None:
+        fd = os.open(self.name, os.O_RDWR)
+        try:
+            at = self.synced
+            while at < self.spooled:
+                try:
+                    at = os.lseek(fd, at, os.SEEK_DATA)  # a hole stays one
+                except OSError:
+                    break  # no more data
+                data = os.pread(fd, 65_536, at)
+                if not data:
+                    break
+                at += os.pwrite(fd, data, at)
+        finally:
+            os.close(fd)
 
     def close_pipe(self) -> None:
         os.close(self.pipe)
@@ -149,6 +204,9 @@ class Shim:
         self.record = (0, 0, 0, 0)
         self.sync_due = 0.0  # 0: nothing to sync
         self.blocked = ""
+        self.dropping = 0  # the cause, while it drops
+        self.gaps = -1
+        self.next_gap = 0  # where in `gaps`
         self.check_due = 0.0
         self.unchecked = 0
         self.pid = 0
@@ -162,7 +220,10 @@ class Shim:
         # A record lock, not flock: the daemon can ask who holds it (F_GETLK) without taking it, so its
         # question never makes a shim that is just starting believe that another one is there. Closing *any*
         # descriptor of the file would drop it: nothing here opens `lock` again.
-        lock = os.open("lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            lock = os.open("lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise Waits(f"cannot begin: {error.strerror}") from error
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -178,7 +239,10 @@ class Shim:
             raise Waits(f"cannot begin: {error.strerror}") from error
         _remove("blocked")
         os.rename("starting", "started")  # no sync: either name, whole, says that it may have run
-        os.write(go, b"g")
+        try:
+            os.write(go, b"g")
+        except BrokenPipeError:
+            pass  # it was killed while it waited, and its status says so
         os.close(go)
         self._kick()
         failure = os.read(failed, 4)  # end of file: the script is executing
@@ -203,12 +267,20 @@ class Shim:
         self.index = os.open("index", os.O_WRONLY | os.O_CREAT, 0o600)
         fd = os.open("exit.json.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, EXIT_RECORD)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
+            _take_block(fd, 0)
         finally:
             os.close(fd)
+        if self._may_drop():
+            self._open_gaps()
+
+    def _open_gaps(self) -> None:
+        fd = os.open("gaps", os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            _take_block(fd, 0)
+        except OSError:
+            os.close(fd)
+            raise
+        self.gaps = fd
 
     def _fork(self) -> tuple[int, int]:
         """Make the script's process, and durable all that says so; it waits until it is let go."""
@@ -318,6 +390,8 @@ class Shim:
                 self._reap()
             if self.blocked:
                 self._try_again()
+            elif self.dropping and time.monotonic() >= self.check_due:
+                self._check_space()
             if self.sync_due and time.monotonic() >= self.sync_due:
                 self._sync()
             if self.kick_owed:
@@ -328,6 +402,8 @@ class Shim:
             stdout, stderr = (stream.length for stream in self.streams)
             self._record("closed", {"stdout": stdout, "stderr": stderr, "reason": ""})
         _remove("blocked")
+        if self.gaps >= 0 and not self.next_gap:
+            _remove("gaps")
         give_up = time.monotonic() + LAST_KICK_S
         while self.kick_owed and time.monotonic() < give_up:
             time.sleep(KICK_RETRY_S)
@@ -339,6 +415,8 @@ class Shim:
             waits.append(max(0.0, self.sync_due - time.monotonic()))
         if self.blocked:
             waits.append(RETRY_S)
+        elif self.dropping:
+            waits.append(max(0.0, self.check_due - time.monotonic()))
         if self.kick_owed:
             waits.append(KICK_RETRY_S)
         return min(waits) * 1000 + 1 if waits else None
@@ -357,9 +435,8 @@ class Shim:
         now = time.monotonic()
         if not self.sync_due:
             self.sync_due = now + SYNC_S
-        if self.unchecked >= CHECK_BYTES or now >= self.check_due:
-            self.unchecked, self.check_due = 0, now + CHECK_S
-            self._block(self._no_space())
+        if now >= self.check_due or (self.unchecked >= CHECK_BYTES and not self.dropping):
+            self._check_space()
         self._kick()
         return count
 
@@ -367,8 +444,16 @@ class Shim:
         while data:
             if not stream.held:
                 try:
+                    if self.dropping:
+                        self._drop(stream, len(data), wall_ns)
+                        return
+                    self._end_gap(stream)
                     count = os.write(stream.file, data)
                 except OSError as error:
+                    if error.errno in _NO_SPACE and not self.dropping and self._may_drop():
+                        # For a while, whatever the file system says is free: a quota may be at its end.
+                        self.dropping, self.check_due = NO_ROOM, time.monotonic() + REFUSED_S
+                        continue
                     self._block(f"the spool cannot be written: {error.strerror}")
                 else:
                     stream.dirty = True
@@ -381,7 +466,8 @@ class Shim:
 
     def _note_in_index(self, stream: Stream, count: int, wall_ns: int) -> None:
         offset, since, length, number = self.record
-        if number == stream.number and 0 <= wall_ns - since < JOIN_NS and length + count < 1 << 32:
+        follows = number == stream.number and offset + length == stream.spooled
+        if follows and 0 <= wall_ns - since < JOIN_NS and length + count < 1 << 32:
             self.record = (offset, since, length + count, number)
         else:
             self.record_at += RECORD.size
@@ -396,24 +482,88 @@ class Shim:
         try:
             for stream in self.streams:
                 if stream.dirty:
-                    os.fdatasync(stream.file)
-                    stream.dirty = False
+                    stream.sync()
             if index:
                 self.sync_due = 0.0
+                self._note_synced()
                 os.fdatasync(self.index)
         except OSError as error:
             self.sync_due = time.monotonic() + SYNC_S
             self._block(f"the spool cannot be synced: {error.strerror}")
 
+    def _note_synced(self) -> None:
+        # A file's new size can come to the disk before its bytes, by the sync of another file: see cut_unsynced().
+        self.record_at += RECORD.size
+        self.record = (0, 0, 0, 0)
+        try:
+            stdout, stderr = self.streams
+            os.pwrite(self.index, RECORD.pack(stdout.synced, stderr.synced, 0, 0), self.record_at)
+        except OSError:
+            pass  # after a power cut fewer bytes are beyond doubt
+
     # -- want of space --
 
-    def _no_space(self) -> str:
+    def _no_space(self) -> int:
+        """The cause, 0 for none."""
         if os.path.exists(os.path.join(self.state_dir, b"full")):
-            return "the spool is over its limit"
+            return OVER_LIMIT
         fs = os.statvfs(".")
-        if fs.f_bavail < min(RESERVE // fs.f_frsize, fs.f_blocks // 50):
-            return "the file system is nearly full"
-        return ""
+        return NO_ROOM if fs.f_bavail < min(RESERVE // fs.f_frsize, fs.f_blocks // 50) else 0
+
+    def _may_drop(self) -> bool:
+        """Whether the daemon, this one or the last, was told to drop (`overflow`)."""
+        return os.path.exists(os.path.join(self.state_dir, b"drop"))
+
+    def _check_space(self) -> int:
+        """Look for want of space; its cause, 0 for none."""
+        self.unchecked, self.check_due = 0, time.monotonic() + CHECK_S
+        cause = self._no_space()
+        self.dropping = cause if self._may_drop() else 0
+        if not self.dropping:
+            self._end_gaps()
+            if cause:
+                self._block(_CAUSES[cause])
+        return cause
+
+    def _drop(self, stream: Stream, count: int, wall_ns: int) -> None:
+        """Count bytes as dropped. OSError where that can't be noted: then they are not."""
+        if not stream.noted:
+            if self.gaps < 0:
+                self._open_gaps()
+                _sync_path(".")
+            if not stream.grows and stream.gap_end != stream.spooled:  # else it is the last one still
+                if self.next_gap and self.next_gap % BLOCK == 0:
+                    _take_block(self.gaps, self.next_gap)
+                stream.gap = (stream.spooled, wall_ns, self.dropping, self.next_gap)
+            self._write_gap(stream, 0, GROWS)
+            self.next_gap = max(self.next_gap, stream.gap[3] + GAP.size)
+            stream.grows = True
+            os.fdatasync(self.gaps)
+            # A file's new size may come to the disk before the bytes below it, which were zeros then.
+            stream.sync()
+            stream.noted = True
+        os.ftruncate(stream.file, stream.spooled + count)
+        stream.spooled += count
+        stream.dirty = True
+
+    def _end_gap(self, stream: Stream) -> None:
+        if stream.grows:
+            stream.noted = False
+            self._write_gap(stream, stream.spooled - stream.gap[0], OVER)
+            os.fdatasync(self.gaps)
+            stream.grows, stream.gap_end = False, stream.spooled
+            self._kick()
+
+    def _end_gaps(self) -> None:
+        try:
+            for stream in self.streams:
+                self._end_gap(stream)
+        except OSError as error:
+            self._block(f"the spool cannot be written: {error.strerror}")
+
+    def _write_gap(self, stream: Stream, length: int, state: int) -> None:
+        offset, wall_ns, cause, place = stream.gap
+        os.pwrite(self.gaps, GAP.pack(offset, length, wall_ns, stream.number, state, cause), place)
 
     def _block(self, reason: str) -> None:
         if reason and reason != self.blocked:
@@ -422,8 +572,8 @@ class Shim:
             self._kick()
 
     def _try_again(self) -> None:
-        reason = self._no_space()
-        if not reason or self.status is not None:
+        cause = self._check_space()
+        if not cause or self.dropping or self.status is not None:
             # After the exit the rest goes into the reserve too: it is bounded by the pipes' size.
             for stream in self.streams:
                 held, stream.held = stream.held, []
@@ -432,7 +582,8 @@ class Shim:
                 if held and not stream.held:
                     self.sync_due = self.sync_due or time.monotonic() + SYNC_S
                     self._kick()
-        if not reason and not any(stream.held for stream in self.streams):
+        stuck = any(stream.held or (stream.grows and not self.dropping) for stream in self.streams)
+        if not stuck and (not cause or self.dropping):
             self.blocked = ""
             _remove("blocked")
             self._kick()
@@ -498,6 +649,10 @@ class Shim:
             "closed": self.closed_at_exit,
         }
         self._sync(index=False)
+        give_up = time.monotonic() + LAST_SYNC_S
+        while any(stream.dirty for stream in self.streams) and time.monotonic() < give_up:
+            time.sleep(RETRY_S)
+            self._sync(index=False)
         self._record("exit.json", row)
 
     def _record(self, name: str, row: dict[str, object]) -> None:
@@ -509,6 +664,8 @@ class Shim:
         data = json.dumps(row).encode() + b"\n"
         while True:
             try:
+                for stream in self.streams:
+                    self._end_gap(stream)
                 fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT, 0o600)
                 try:
                     if os.write(fd, data) != len(data):

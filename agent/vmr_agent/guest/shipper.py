@@ -32,6 +32,9 @@ class _Delivery:
         self.run = run
         self.state = RunState.NONE
         self.acked = {Stream.STDOUT: 0, Stream.STDERR: 0}
+        # As last looked at: bytes spooled, and whether some of them may have been dropped.
+        self.spooled = {Stream.STDOUT: 0, Stream.STDERR: 0}
+        self.gaps = True
         self.forget_session()
 
     def forget_session(self) -> None:
@@ -43,6 +46,17 @@ class _Delivery:
     @property
     def in_flight(self) -> int:
         return sum(self.sent.values()) - sum(self.acked.values())
+
+    @property
+    def plenty(self) -> bool:
+        """Whether what was last seen fills more than a frame: then there is no need to look again before one."""
+        return max(there - sent for there, sent in zip(self.spooled.values(), self.sent.values())) > _CHUNK
+
+    def look(self) -> None:
+        # In this order: what is dropped is noted before it makes a file longer.
+        lengths = self.run.lengths()
+        self.spooled = {Stream.STDOUT: lengths.stdout, Stream.STDERR: lengths.stderr}
+        self.gaps = self.run.has_gaps()
 
 
 class Shipper:
@@ -190,10 +204,13 @@ class Shipper:
             return session.frame(announcement)
         if not delivery.answered:
             return None
-        # The order matters: what the exit counted is on disk before the exit record is, and the final bytes before
-        # `closed` is; so read the records first, the lengths after.
-        closed = run.closed() if delivery.told < RunState.CLOSED else None
-        result = run.result() if delivery.told < RunState.EXITED else None
+        closed = result = None
+        if not delivery.plenty:
+            # The order matters: what the exit counted is on disk before the exit record is, and the final bytes
+            # before `closed` is; so read the records first, the lengths after.
+            closed = run.closed() if delivery.told < RunState.CLOSED else None
+            result = run.result() if delivery.told < RunState.EXITED else None
+            delivery.look()
         output = self._output(delivery, session)
         if output is not None:
             return output
@@ -257,17 +274,16 @@ class Shipper:
             boot=run.info.boot_id,
             pid=started.pid if started else 0,
             started=started.wall_ns if started else (result.started_ns if result else run.info.created_ns),
+            ended=result.ended_ns if result else None,
         )
 
     def _output(self, delivery: _Delivery, session: Session) -> Optional[bytes]:
         if self._in_flight + _CHUNK > self._window:
             self._stalled.add(delivery.run.info.run)
             return None
-        lengths = delivery.run.lengths()
-        spooled = {Stream.STDOUT: lengths.stdout, Stream.STDERR: lengths.stderr}
-        first = delivery.turn
-        other = Stream.STDERR if first is Stream.STDOUT else Stream.STDOUT
-        for stream in (first, other):
+        spooled = delivery.spooled
+        other = Stream.STDERR if delivery.turn is Stream.STDOUT else Stream.STDOUT
+        for stream in (delivery.turn, other):
             offset = delivery.sent[stream]
             left = spooled[stream] - offset
             if left <= 0:
@@ -275,6 +291,14 @@ class Shipper:
             pruned = delivery.run.pruned(stream)
             if offset < pruned:
                 return self._missing(delivery, stream, pruned - offset, "pruned in the guest", session)
+            gap = delivery.run.gap(stream, offset, spooled[stream]) if delivery.gaps else None
+            if gap is not None and gap.begin > offset:
+                left = gap.begin - offset
+            elif gap is not None:
+                if gap.growing:
+                    continue  # told whole, when it is over
+                why, length = f"dropped in the guest: {gap.reason}", gap.end - offset
+                return self._missing(delivery, stream, length, why, session, gap.wall_ns)
             marks = delivery.run.marks(stream, offset, min(left, _CHUNK), most=_MARKS)
             size = min(sum(length for length, _ in marks), _CHUNK - messages.OUTPUT_MARK * (len(marks) - 1))
             data = delivery.run.read(stream, offset, size)
@@ -301,12 +325,20 @@ class Shipper:
         return None
 
     def _missing(
-        self, delivery: _Delivery, stream: Stream, length: int, reason: str, session: Session
+        self,
+        delivery: _Delivery,
+        stream: Stream,
+        length: int,
+        reason: str,
+        session: Session,
+        wall_ns: Optional[int] = None,
     ) -> bytes:
         offset = delivery.sent[stream]
         delivery.sent[stream] += length
         self._in_flight += length
-        return session.frame(messages.Gap(delivery.run.info.run, int(stream), offset, length, reason))
+        return session.frame(
+            messages.Gap(delivery.run.info.run, int(stream), offset, length, reason, wall_ns)
+        )
 
     def _check(
         self,

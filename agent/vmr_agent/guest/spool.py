@@ -3,12 +3,13 @@
 The only place that renames, syncs and prunes; shims write a run's files, and what they write is read here.
 It must not know: processes (but for who holds a lock), the wire, the schedule.
 
-    <state>/lock  spool.json  zero.json  configured  full
+    <state>/lock  spool.json  zero.json  configured
+    <state>/full  drop                            tell shims that the limit is reached; that they are to drop then
     <state>/open/<run id>                         a link to each run that the host has not whole
     <state>/runs/<start time>/<name>/gone         "seen gone after attempt N"
     <state>/runs/<start time>/<name>/<attempt>/   run.json lock started stdout stderr index exit.json closed
-                                                  notes and, from a shim in trouble, blocked or failed;
-                                                  files.json files/: see keepsakes
+                                                  notes, pruned, gaps (see there) and, from a shim in
+                                                  trouble, blocked or failed; files.json files/: see keepsakes
 
 `started`, `exit.json` and `closed` get these names when they are durable, see Run.recover().
 
@@ -30,10 +31,11 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest import keepsakes
+from vmr_agent.guest.gaps import Gap, Gaps
 from vmr_agent.runs import (
     Ending,
     RunId,
@@ -45,15 +47,21 @@ from vmr_agent.runs import (
     result_from_json,
     result_to_json,
     run_path,
+    started_from_json,
+    whole,
+    word,
 )
+from vmr_agent.schedule import parse_vmr
 
-RECORD = struct.Struct("<QQIB3x")  # one read in `index`: offset, wall clock ns, length, stream
+# One read in `index`: offset, wall clock ns, length, stream. Stream 0: what is synced of stdout, of stderr; length 0.
+RECORD = struct.Struct("<QQIB3x")
 _RECORDS_AT_ONCE = 170  # just under one page
 
 KEPT_TAIL = 64 * 1024  # pruned last: the host compares the CRC of its last 64 KiB with ours
 _PUNCH_UNIT = 4096
 _SMALL_FILES = 5 * 4096  # the blocks of run.json, started, exit.json and two directories, near enough
 _DEFAULT_LIMIT = 1 << 30
+_RESERVE = 32 * 1024 * 1024  # the shims': with less that is free they wait, or drop
 _SURVEY_STEP = 200  # runs looked at in one call: 10,000 at once would hold a slow VM's daemon for seconds
 _PRUNE_STEP = 32
 
@@ -92,12 +100,20 @@ class TimeZero(NamedTuple):
 # -- small files --
 
 
-def _read_row(path: Path) -> Optional[dict[str, Any]]:
+def _read_row(path: Union[Path, str]) -> Optional[dict[str, Any]]:
     """A file holding one JSON object; None when it is absent or torn, which means it was never synced."""
     try:
-        row = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        fd = os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC
+        )  # mostly absent: io.open() takes three times as long to say so
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    try:
+        row = json.loads(b"".join(iter(lambda: os.read(fd, 65_536), b"")))
+    except (ValueError, RecursionError):
+        return None
+    finally:
+        os.close(fd)
     return row if isinstance(row, dict) else None
 
 
@@ -118,6 +134,16 @@ def _write_durably(path: Path, row: Mapping[str, Any], *, temporary: Optional[Pa
     _sync(path.parent)
 
 
+def _write_once(path: Path, row: Mapping[str, Any]) -> None:
+    """The same, for what is acted on as soon as it is there: where it could not be made durable it is not there."""
+    try:
+        _write_durably(path, row)
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
 def _sync(path: Path) -> None:
     """A file, or the names in a directory."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -127,7 +153,7 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _read_note(path: Path) -> str:
+def _read_note(path: str) -> str:
     """A word that a shim left, as the target of a link."""
     try:
         return os.readlink(os.fsencode(path)).decode("utf-8", "replace")
@@ -152,18 +178,30 @@ def _info_to_row(info: RunInfo) -> dict[str, Any]:
 
 def _info_from_row(row: Mapping[str, Any]) -> RunInfo:
     device, inode, ctime_ns = row["script"]
+    if not all(type(each) is int for each in (device, inode, ctime_ns)):
+        raise ValueError("no signature of a script")
+    run, vmr, request = bytes.fromhex(row["run"]), os.fsencode(row["vmr"]), bytes.fromhex(row["request"])
+    if len(run) != 16 or parse_vmr(vmr) != vmr or len(request) > 16:
+        raise ValueError("no run")
     return RunInfo(
-        run=bytes.fromhex(row["run"]),
-        vmr=os.fsencode(row["vmr"]),
-        attempt=int(row["attempt"]),
+        run=run,
+        vmr=vmr,
+        attempt=whole(row["attempt"]),
         trigger=Trigger(row["trigger"]),
-        boot_id=str(row["boot_id"]),
-        created_ns=int(row["created_ns"]),
-        request=bytes.fromhex(row["request"]),
-        script=(int(device), int(inode), int(ctime_ns)),
+        boot_id=word(row["boot_id"], most=256),
+        created_ns=whole(row["created_ns"]),
+        request=request,
+        script=(device, inode, ctime_ns),
         holds=bool(row["holds"]),
-        number=int(row["number"]),
+        number=whole(row["number"]),
     )
+
+
+def _zero_from_row(row: Mapping[str, Any]) -> TimeZero:
+    boottime_ns, wall_ns = row["boottime_ns"], row["wall_ns"]  # it may lie before this boot
+    if not all(type(each) is int and abs(each) < 2**63 for each in (boottime_ns, wall_ns)):
+        raise ValueError("no time")
+    return TimeZero(word(row["boot_id"], most=256), boottime_ns, wall_ns, word(row["source"]))
 
 
 def _make_state_dir(path: Path) -> None:
@@ -194,9 +232,22 @@ class Run:
     def __init__(self, path: Path, info: RunInfo) -> None:
         self.path = path
         self.info = info
-        self._fds: dict[Stream, int] = {}
+        self._in = (
+            f"{path}/"  # joined by hand: these names are looked up at each turn, and Path takes its time
+        )
+        self._fds: dict[str, int] = {}
         self._cursors: dict[Stream, int] = {}
-        self._punched: dict[Stream, int] = {}
+        self._covered: dict[Stream, tuple[int, int, int]] = {}
+        """The index's last used record: from, to, wall ns. A read fills several frames."""
+        self._punched = Lengths(0, 0)
+        self._noted = Lengths(0, 0)
+        """What is pruned, as is durably noted."""
+        self._holes = True
+        """Whether this file system can make them, as far as we know."""
+        self.sole = False
+        """Whether nobody but us prunes it, so that what is noted need be read but once."""
+        self._gone: Optional[Lengths] = None
+        self._gaps: Optional[Gaps] = None
         self._started: Optional[Started] = None
         self._exit: Optional[tuple[RunResult, bool]] = None
         self._closed: Optional[tuple[Lengths, str]] = None
@@ -221,10 +272,10 @@ class Run:
     def started(self) -> Optional[Started]:
         """The script's process, once it is durable that it may run."""
         if self._started is None:
-            row = _read_row(self.path / "started")
+            row = _read_row(self._in + "started")
             try:
-                self._started = Started(**row["process"]) if row is not None else None
-            except (KeyError, TypeError):
+                self._started = started_from_json(row["process"]) if row is not None else None
+            except (KeyError, TypeError, ValueError):
                 pass  # torn
         return self._started
 
@@ -245,7 +296,7 @@ class Run:
 
     def _read_exit(self) -> None:
         if self._exit is None:
-            row = _read_row(self.path / "exit.json")
+            row = _read_row(self._in + "exit.json")
             try:
                 self._exit = (result_from_json(row), bool(row.get("closed"))) if row is not None else None
             except (KeyError, TypeError, ValueError):
@@ -257,15 +308,17 @@ class Run:
         # Three cases: the pipes ended with the process, or the run is lost (exit.json says "closed"); they
         # ended later (`closed`, by the shim); the shim died first (`closed`, by the daemon, with a reason).
         self._read_exit()
-        if self._exit is not None and self._exit[1]:
+        if self._exit is None:
+            return  # `closed` comes after it
+        if self._exit[1]:
             result = self._exit[0]
             reason = result.text if result.ending is Ending.LOST else ""
             self._closed = (Lengths(result.stdout, result.stderr), reason)
             return
-        row = _read_row(self.path / "closed")
+        row = _read_row(self._in + "closed")
         try:
             if row is not None:
-                self._closed = (Lengths(int(row["stdout"]), int(row["stderr"])), str(row["reason"]))
+                self._closed = (Lengths(whole(row["stdout"]), whole(row["stderr"])), word(row["reason"]))
         except (KeyError, TypeError, ValueError):
             pass
 
@@ -273,9 +326,14 @@ class Run:
 
     def fd(self, stream: Stream) -> int:
         """A descriptor for reading, kept open for a while. OSError when there is no such file."""
-        fd = self._fds.get(stream)
+        return self._open(stream.filename)
+
+    def _open(self, name: str) -> int:
+        fd = self._fds.get(name)
+        if fd is not None and next(reversed(_with_fds)) is self:
+            return fd
         if fd is None:
-            fd = self._fds[stream] = os.open(self.path / stream.filename, os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._fds[name] = os.open(self._in + name, os.O_RDONLY | os.O_CLOEXEC)
         _with_fds[self] = None
         _with_fds.move_to_end(self)
         while len(_with_fds) > _MAX_WITH_FDS:
@@ -287,6 +345,7 @@ class Run:
         while self._fds:
             os.close(self._fds.popitem()[1])
         self._cursors.clear()
+        self._covered.clear()
 
     def lengths(self) -> Lengths:
         """Bytes spooled so far. Pruned bytes count: an offset never changes."""
@@ -294,8 +353,8 @@ class Run:
 
     def _length(self, stream: Stream) -> int:
         try:
-            fd = self._fds.get(stream)
-            return os.stat(f"{self.path}/{stream.filename}" if fd is None else fd).st_size
+            fd = self._fds.get(stream.filename)
+            return os.stat(self._in + stream.filename if fd is None else fd).st_size
         except FileNotFoundError:
             final = self.closed()  # the file was pruned whole, or was never made
             return final.of(stream) if final else 0
@@ -309,15 +368,61 @@ class Run:
 
     def pruned(self, stream: Stream) -> int:
         """The offset before which the bytes are gone for want of space: to be sent as a gap."""
+        if self._gone is not None and stream.filename in self._fds:
+            return self._gone.of(stream)
         try:
-            fd = self.fd(stream)
+            self.fd(stream)
         except FileNotFoundError:
             return self._length(stream)
+        return self._pruned().of(stream)
+
+    def _pruned(self) -> Lengths:
+        # A fact of its own. The file's holes would not do: some file systems make one of zeros that were printed,
+        # and dropped bytes leave one too.
+        if self._gone is not None:
+            return self._gone
         try:
-            return os.lseek(fd, 0, os.SEEK_DATA)
-        except OSError as error:
-            # ENXIO: no data at all. Otherwise the file system knows no holes.
-            return os.fstat(fd).st_size if error.errno == errno.ENXIO else 0
+            noted = [int(word) for word in _read_note(self._in + "pruned").split()]
+            stdout, stderr = (min(max(0, each), there) for each, there in zip(noted, self.lengths()))
+            found = Lengths(stdout, stderr)
+        except ValueError:
+            found = Lengths(0, 0)
+        if self.sole:
+            self._gone = found
+        return found
+
+    def has_gaps(self) -> bool:
+        """Whether any of the bytes spooled so far may have been dropped."""
+        return self._noted_gaps() is not None
+
+    def gap(self, stream: Stream, offset: int, end: int) -> Optional[Gap]:
+        """The first stretch of dropped bytes in [offset, end); ``end`` is a length that was seen before this call."""
+        gaps = self._noted_gaps()
+        gap = gaps.first(stream, offset, end) if gaps is not None else None
+        if gap is None or (gap.growing and self.closed() is None):
+            return gap
+        # One that grew when its shim was killed, or the power failed, ends with the file.
+        return gap._replace(end=min(gap.end, self._length(stream)))
+
+    def gaps(self, stream: Stream) -> list[Gap]:
+        """Each stretch of dropped bytes; the end of one that grows is where it is now."""
+        gaps, length = self._noted_gaps(), self._length(stream)
+        found = gaps.of(stream) if gaps is not None else []
+        return [gap._replace(end=min(gap.end, length)) for gap in found if gap.begin < length]
+
+    def dropped(self) -> int:
+        """Bytes dropped so far, of both streams."""
+        return sum(gap.end - gap.begin for stream in Stream for gap in self.gaps(stream))
+
+    def dropping(self) -> str:
+        """Why output is being dropped; empty when none is."""
+        gaps = self._noted_gaps()
+        return gaps.growing() if gaps is not None and self.closed() is None else ""
+
+    def _noted_gaps(self) -> Optional[Gaps]:
+        if self._gaps is None and os.path.exists(self._in + "gaps"):
+            self._gaps = Gaps(self.path / "gaps")
+        return self._gaps
 
     def marks(
         self, stream: Stream, offset: int, size: int, *, most: Optional[int] = None
@@ -328,30 +433,29 @@ class Run:
         gets one piece with the file's time. Reading on from where the last call ended costs one small read.
         """
         end = offset + size
+        begun, over, wall_ns = self._covered.get(stream, (0, 0, 0))
+        if begun <= offset and end <= over:
+            return [(size, wall_ns)]
         marks: list[tuple[int, int]] = []
         try:
-            fd = os.open(self.path / "index", os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._open("index")
         except FileNotFoundError:
             fd = -1
-        try:
-            if fd >= 0:
-                for start, length, wall_ns in self._records(fd, stream, offset):
-                    if start >= end:
-                        break
-                    if start > offset:
-                        marks.append((start - offset, self._file_time(stream)))
-                        offset = start
-                    piece = min(start + length, end) - offset
-                    if piece > 0:
-                        marks.append((piece, wall_ns))
-                        offset += piece
-                    if offset >= end:
-                        break
-                    if len(marks) == most:
-                        return marks
-        finally:
-            if fd >= 0:
-                os.close(fd)
+        if fd >= 0:
+            for start, length, wall_ns in self._records(fd, stream, offset):
+                if start >= end:
+                    break
+                if start > offset:
+                    marks.append((start - offset, self._file_time(stream)))
+                    offset = start
+                piece = min(start + length, end) - offset
+                if piece > 0:
+                    marks.append((piece, wall_ns))
+                    offset += piece
+                if offset >= end:
+                    break
+                if len(marks) == most:
+                    return marks
         if offset < end:
             marks.append((end - offset, self._file_time(stream)))
         return marks
@@ -363,24 +467,23 @@ class Run:
         last record in place.
         """
         place = self._cursors.get(stream, -1)
-        if place >= 0:
-            found = os.pread(fd, RECORD.size, place)
-            if len(found) < RECORD.size or RECORD.unpack(found)[0] > offset:
-                place = -1
-        if place < 0:
+        block = os.pread(fd, RECORD.size * _RECORDS_AT_ONCE, place) if place >= 0 else b""
+        if len(block) < RECORD.size or RECORD.unpack_from(block)[0] > offset:
             place = self._seek(fd, stream, offset)
-        while True:
             block = os.pread(fd, RECORD.size * _RECORDS_AT_ONCE, place)
+        while True:
             whole = len(block) - len(block) % RECORD.size
             for at in range(0, whole, RECORD.size):
                 start, wall_ns, length, number = RECORD.unpack_from(block, at)
                 if number != stream or start + length <= offset:
                     continue
                 self._cursors[stream] = place + at
+                self._covered[stream] = (start, start + length, wall_ns)
                 yield start, length, wall_ns
             if whole < RECORD.size * _RECORDS_AT_ONCE:
                 return
             place += whole
+            block = os.pread(fd, RECORD.size * _RECORDS_AT_ONCE, place)
 
     def captured(self, place: int) -> list[Capture]:
         """Some of what was read of both streams, in the order in which it came, from a place in the index on.
@@ -388,11 +491,16 @@ class Run:
         The shim may lengthen the last record in place: who comes back asks for that one again.
         """
         try:
-            fd = os.open(self.path / "index", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._in + "index", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return []
         try:
             block = os.pread(fd, RECORD.size * _RECORDS_AT_ONCE, place)
+            if block and not any(block):  # pruned, perhaps by the gigabyte
+                with contextlib.suppress(OSError):
+                    place = os.lseek(fd, place, os.SEEK_DATA)
+                    place -= place % RECORD.size
+                    block = os.pread(fd, RECORD.size * _RECORDS_AT_ONCE, place)
         finally:
             os.close(fd)
         found = []
@@ -412,6 +520,8 @@ class Run:
             block = os.pread(fd, RECORD.size * _RECORDS_AT_ONCE, middle * RECORD.size)
             found = RECORD.iter_unpack(block[: len(block) - len(block) % RECORD.size])
             start = next((start for start, _, _, number in found if number == stream), None)
+            if start is None and not any(block):
+                start = -1  # pruned
             if start is None:
                 break  # a stretch of the other stream: from here on it is read through
             if start > offset:
@@ -435,7 +545,7 @@ class Run:
         is another one; and the kernel's answer can't be stale, as a pid in a file can.
         """
         try:
-            fd = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._in + "lock", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
@@ -451,11 +561,21 @@ class Run:
 
     def blocked(self) -> str:
         """Why the run stands still, or can't begin, for want of space; empty when it doesn't."""
-        return _read_note(self.path / "blocked")
+        note = _read_note(self._in + "blocked")
+        if note:
+            return note
+        # Where not even a note can be left.
+        with contextlib.suppress(OSError):
+            fs = os.statvfs(self._in)
+            if fs.f_flag & os.ST_RDONLY:
+                return "the spool's file system is read-only"
+            if fs.f_files and not fs.f_favail and self.started() is None:
+                return "cannot begin: the spool's file system has no inode left"
+        return ""
 
     def failure(self) -> str:
         """What a shim that failed by itself left as its last word."""
-        return _read_note(self.path / "failed")
+        return _read_note(self._in + "failed")
 
     # -- what the daemon writes --
 
@@ -467,8 +587,9 @@ class Run:
         """
         for temporary, name in (("starting", "started"), ("exit.json.new", "exit.json")):
             path = self.path / temporary
-            row = None if (self.path / name).exists() else _read_row(path)
-            if row is None:
+            row = _read_row(path)
+            # In this order: the shim that wrote it had the lock, and may have begun after somebody saw it free.
+            if row is None or self.locked() or (self.path / name).exists():
                 continue
             if name == "started":
                 names = self.path.parent
@@ -476,6 +597,58 @@ class Run:
                 for directory in (names, names.parent, runs, runs.parent / "open"):
                     _sync(directory)
             _write_durably(self.path / name, row, temporary=path)
+
+    def cut_unsynced(self, acked: Lengths) -> None:
+        """After a power cut, take off what nobody printed; ``acked``: what the host has, as far as that is known.
+
+        A file that is lengthened within a block has its new size at once (ext4), and the sync of any other file can
+        make that durable before the bytes: it ends in NULs then. What was synced or acknowledged, and what an exit
+        record counts, is beyond doubt; behind that NULs at the end go. Raises OSError.
+        """
+        result, synced = self.result(), self._synced()
+        for stream in Stream:
+            if any(gap.growing for gap in self.gaps(stream)):
+                continue  # they are the count of what was dropped
+            counted = 0 if result is None else result.stdout if stream is Stream.STDOUT else result.stderr
+            sure = max(synced.of(stream), acked.of(stream), counted)
+            try:
+                fd = os.open(self.path / stream.filename, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                size = end = os.fstat(fd).st_size
+                while end > sure:
+                    begin = max(sure, end - 65_536)
+                    left = len(os.pread(fd, end - begin, begin).rstrip(b"\0"))
+                    end = begin + left
+                    if left:
+                        break
+                if end < size:
+                    os.ftruncate(fd, end)
+                    os.fdatasync(fd)
+            finally:
+                os.close(fd)
+
+    def _synced(self) -> Lengths:
+        """What the shim noted to be synced, the last time that this note was."""
+        try:
+            fd = os.open(self._in + "index", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return Lengths(0, 0)
+        try:
+            place = os.fstat(fd).st_size // RECORD.size * RECORD.size
+            while place > 0:
+                begin = max(0, place - RECORD.size * _RECORDS_AT_ONCE)
+                block = os.pread(fd, place - begin, begin)
+                found = [row for row in RECORD.iter_unpack(block) if row[3] == 0 and row[2] == 0 and any(row)]
+                if found:  # one that is torn says less, never more
+                    return Lengths(max(row[0] for row in found), max(row[1] for row in found))
+                if not any(block):
+                    break  # pruned from here on
+                place = begin
+        finally:
+            os.close(fd)
+        return Lengths(0, 0)
 
     def write_lost(self, reason: str, *, stdout: int, stderr: int, asks_reboot: bool = False) -> RunResult:
         """End a run that nobody saw ending; its end is the last sign of life that its files give."""
@@ -498,12 +671,47 @@ class Run:
             stderr=stderr,
             asks_reboot=asks_reboot,
         )
+        self._sync_streams()
         _write_durably(self.path / "exit.json", {**result_to_json(result), "closed": True})
+        self._remove_note()
         return result
 
     def write_closed(self, reason: str) -> None:
+        self._sync_streams()
         stdout, stderr = self.lengths()
         _write_durably(self.path / "closed", {"stdout": stdout, "stderr": stderr, "reason": reason})
+        self._remove_note()
+
+    def _sync_streams(self) -> None:
+        """What a record counts is durable before the record is: here what a shim that was killed had no time for.
+
+        Behind what it noted as synced it is written once more: a sync may have failed, which only the shim was told,
+        and its pages count as clean since.
+        """
+        for stream, at in zip(Stream, self._synced()):
+            try:
+                fd = os.open(self._in + stream.filename, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                at = min(at, os.fstat(fd).st_size)  # a damaged index notes anything
+                while True:
+                    try:
+                        at = os.lseek(fd, at, os.SEEK_DATA)  # a hole stays one
+                    except OSError:
+                        break  # no more data
+                    data = os.pread(fd, 65_536, at)
+                    if not data:
+                        break
+                    at += os.pwrite(fd, data, at)
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+
+    def _remove_note(self) -> None:
+        """That a shim waited for space, which it would have removed itself."""
+        with contextlib.suppress(OSError):
+            (self.path / "blocked").unlink()
 
     def remember(self, key: str) -> None:
         """Keep a small note with the run, such as the id of a kill request that was carried out."""
@@ -529,7 +737,7 @@ class Run:
         if self._settled_usage is not None:
             return self._settled_usage
         total = _SMALL_FILES + self.kept_bytes()
-        for name in ("stdout", "stderr", "index"):
+        for name in ("stdout", "stderr", "index", "gaps"):
             with contextlib.suppress(OSError):
                 total += (self.path / name).stat().st_blocks * 512
         if self.closed() is not None:
@@ -546,7 +754,7 @@ class Run:
         return self._kept
 
     def prune(self, acked: Lengths, *, whole: bool, tail: int = KEPT_TAIL) -> None:
-        """Give back the blocks of acked bytes, all but each stream's tail; offsets stay what they are.
+        """Give back the blocks of acked bytes, all but the last ``tail`` of them; offsets stay what they are.
 
         `whole`: the host has all of it, so the index may go too, and where the file system can't punch holes
         the files themselves. The VMR's own files, if kept, go as well.
@@ -555,24 +763,65 @@ class Run:
         if whole:
             shutil.rmtree(self.path / "files", ignore_errors=True)
             self._kept = None
+        before = self._pruned()
+        upto = Lengths(
+            *(max(gone, (held - tail) // _PUNCH_UNIT * _PUNCH_UNIT) for gone, held in zip(before, acked))
+        )
         try:
-            for stream in Stream:
-                with contextlib.suppress(FileNotFoundError):
-                    upto = min(acked.of(stream), os.fstat(self.fd(stream)).st_size - tail)
-                    if upto - self._punched.get(stream, 0) >= _PUNCH_UNIT:
-                        _punch(self.path / stream.filename, upto)
-                        self._punched[stream] = upto
+            if self._holes and any(new - old >= _PUNCH_UNIT for new, old in zip(upto, self._punched)):
+                self._note_pruned(upto)
+                for stream in Stream:
+                    with contextlib.suppress(FileNotFoundError):
+                        _punch(self.path / stream.filename, upto.of(stream))
+                self._punched = upto
             if whole:
                 with contextlib.suppress(FileNotFoundError):
                     _punch(self.path / "index", (self.path / "index").stat().st_size - _PUNCH_UNIT)
+            elif self._holes:
+                self._prune_index(acked, tail)
+            return
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                self._holes = False
+                self._note_pruned(before)
+            elif not whole or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            if whole:
-                self.close_fds()
-                for name in ("stdout", "stderr", "index"):
-                    with contextlib.suppress(FileNotFoundError):
-                        (self.path / name).unlink()
+        if whole:  # no holes are to be had here, or not even an inode for the note
+            self.close_fds()
+            for name in ("stdout", "stderr", "index"):
+                with contextlib.suppress(FileNotFoundError):
+                    (self.path / name).unlink()
+
+    def _prune_index(self, acked: Lengths, tail: int) -> None:
+        """A script that says a line now and then for days would have its index fill the spool.
+
+        What the host has it has with its times; here the file's time does. Whole records go, so none is torn.
+        """
+        try:
+            fd = os.open(self._in + "index", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            upto = os.fstat(fd).st_size - tail
+            for stream in Stream:
+                if acked.of(stream) < self._length(stream):
+                    upto = min(upto, self._seek(fd, stream, acked.of(stream)))
+        finally:
+            os.close(fd)
+        _punch(self.path / "index", upto - upto % (3 * _PUNCH_UNIT))
+
+    def _note_pruned(self, upto: Lengths) -> None:
+        """Durable before the first byte goes. The target of a link takes no block: there may be none."""
+        if upto == self._noted:
+            return
+        if upto != self._pruned():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path / "pruned.new")
+            os.symlink(f"{upto.stdout} {upto.stderr}", self.path / "pruned.new")
+            os.rename(self.path / "pruned.new", self.path / "pruned")
+        _sync(self.path)  # also if it is there: its own sync may have failed, or its daemon died before it
+        self._noted = upto
+        self._gone = upto if self.sole else None
 
 
 def _punch(path: Path, upto: int) -> None:
@@ -638,9 +887,9 @@ class History:
         """The VMRs that have runs."""
         found = set()
         for first in self.path.glob("runs/*/*/*/run.json"):
-            row = _read_row(first)
-            if row is not None and first.parent.name.isdecimal():
-                found.add(os.fsencode(str(row.get("vmr", ""))))
+            run = Run.load(first.parent)
+            if run is not None and first.parent.name.isdecimal():
+                found.add(run.info.vmr)
         return sorted(found)
 
     def staged_as(self, vmr: bytes) -> Optional[Run]:
@@ -660,7 +909,10 @@ class History:
 
     def _gone_after(self, vmr: bytes) -> int:
         row = _read_row((self.path / "runs" / run_path(vmr, 1)).parent / "gone")
-        return int(row.get("after_attempt", 0)) if row is not None else 0
+        try:
+            return whole(row["after_attempt"]) if row is not None else 0
+        except (KeyError, ValueError):
+            return 0
 
     def latest(self, vmr: bytes) -> Optional[Run]:
         for attempt in reversed(self._attempts(vmr)):
@@ -673,7 +925,8 @@ class History:
 class Spool(History):
     """The state directory, held by one daemon."""
 
-    def __init__(self, state_dir: Path, *, limit: Optional[int] = None) -> None:
+    def __init__(self, state_dir: Path, *, limit: Optional[int] = None, drop: bool = False) -> None:
+        """``drop``: over the limit shims drop output instead of waiting. Raises Problem where it can't be used."""
         super().__init__(state_dir)
         try:
             _make_state_dir(state_dir)
@@ -696,14 +949,17 @@ class Spool(History):
         self.limit = limit or min(_DEFAULT_LIMIT, fs.f_blocks * fs.f_frsize // 10)
         self._id = b""
         self._zero: Optional[TimeZero] = None
+        self._zero_read = self._configured = False  # whether zero.json was; nobody else writes it
         self._latest: dict[bytes, Optional[Run]] = {}
         self._gone: dict[bytes, int] = {}
         self._used = 0  # at the last enforce()
         self._full = (state_dir / "full").exists()
+        self._drop = drop
+        self._mark("drop", drop)
         # The survey counts what was whole before this daemon; release() counts what was open or came later.
-        self._settled = 0
-        # (whether only tails are left to prune, when it was made, where it is), the next to prune first.
-        self._prunable: list[tuple[bool, int, str]] = []
+        self._settled = 0  # bytes: the sum over _prunable
+        # (whether only tails are left to prune, when it was made, where it is, bytes), the next to prune first.
+        self._prunable: list[tuple[bool, int, str, int]] = []
         self._not_surveyed = {os.fspath(run.path) for run in self._open.values()}
         self._survey: Optional[Iterator[Path]] = self._every_directory()
 
@@ -722,7 +978,8 @@ class Spool(History):
         if not self._id:
             row = _read_row(self.path / "spool.json")
             try:
-                self._id = bytes.fromhex(row["id"]) if row is not None else b""
+                found = bytes.fromhex(row["id"]) if row is not None else b""
+                self._id = found if len(found) == 16 else b""
             except (KeyError, TypeError, ValueError):
                 pass
         if not self._id:
@@ -750,11 +1007,12 @@ class Spool(History):
         self._settled, self._prunable, self._survey = 0, [], None
 
     def zero(self) -> Optional[TimeZero]:
-        if self._zero is None:
+        if not self._zero_read:
             row = _read_row(self.path / "zero.json")
+            self._zero_read = True
             try:
-                self._zero = TimeZero(**row) if row is not None else None
-            except TypeError:
+                self._zero = _zero_from_row(row) if row is not None else None
+            except (KeyError, TypeError, ValueError):
                 pass
         return self._zero
 
@@ -762,16 +1020,17 @@ class Spool(History):
         """Set time zero, durable; once: the one that stands is returned."""
         standing = self.zero()
         if standing is None:
-            _write_durably(self.path / "zero.json", zero._asdict())
+            _write_once(self.path / "zero.json", zero._asdict())
             standing = self._zero = zero
         return standing
 
     def configured(self) -> bool:
-        return (self.path / "configured").exists()
+        self._configured = self._configured or (self.path / "configured").exists()
+        return self._configured
 
     def set_configured(self) -> None:
         if not self.configured():
-            _write_durably(self.path / "configured", {})
+            _write_once(self.path / "configured", {})
 
     def forget(self) -> None:
         """Forget history and id, as before the first start. The caller sees to it that nothing runs."""
@@ -784,7 +1043,7 @@ class Spool(History):
         _sync(self.path)
         for run in self._open.values():
             run.close_fds()
-        self._id, self._zero, self._full = b"", None, False
+        self._id, self._zero, self._configured, self._full = b"", None, False, False
         self._known.clear()
         self._latest.clear()
         self._gone.clear()
@@ -792,6 +1051,12 @@ class Spool(History):
         self._settled, self._prunable, self._survey = 0, [], None
 
     # -- runs --
+
+    def _load(self, path: Path) -> Optional[Run]:
+        run = super()._load(path)
+        if run is not None:
+            run.sole = True
+        return run
 
     def latest(self, vmr: bytes) -> Optional[Run]:
         if vmr not in self._latest:
@@ -829,10 +1094,13 @@ class Spool(History):
         attempt = max([latest.info.attempt if latest else 0, *attempts]) + 1
         info = RunInfo(os.urandom(16), vmr, attempt, trigger, boot_id, now_ns, request, script, holds, number)
         path = self.path / "runs" / run_path(vmr, attempt)
+        made = False
         try:
+            self.id  # noqa: B018 - made now: once output has filled the disk no session could be opened without
             self._link(info)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
+            made = True
             fd = os.open(path / "run.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 row = json.dumps(_info_to_row(info)).encode() + b"\n"
@@ -841,10 +1109,16 @@ class Spool(History):
             finally:
                 os.close(fd)
         except OSError as error:
-            shutil.rmtree(path, ignore_errors=True)
+            if made:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                self._latest.pop(
+                    vmr, None
+                )  # there is an attempt that can't be read: they are listed the next time
             self._unlink(info.run)
             raise Problem(f"cannot begin a run of {show(vmr)}: {error.strerror}") from error
         run = Run(path, info)
+        run.sole = True
         self._known[os.fspath(path)] = run
         self._open[info.run] = run
         self._latest[vmr] = run
@@ -910,15 +1184,17 @@ class Spool(History):
 
     def _repair_open(self) -> dict[RunId, Run]:
         found: dict[RunId, Run] = {}
+        runs = Path(os.path.normpath(self.path / "runs"))
         for link in (self.path / "open").iterdir():
-            # Four cases: a whole run; a directory whose run.json never came to the disk, which never started;
-            # no directory at all; somebody else's run, because the number was given again.
+            # Five cases: a whole run; a directory whose run.json never came to the disk, which never started;
+            # no directory at all; somebody else's run, because the number was given again; damage.
             path = Path(os.path.normpath(self.path / "open" / os.readlink(link)))
-            run = self._load(path)
+            ours = path.parent.parent.parent == runs
+            run = self._load(path) if ours else None
             if run is not None and run.info.run.hex() == link.name:
                 found[run.info.run] = run
                 continue
-            if run is None and path.is_dir() and not (path / "started").exists():
+            if ours and run is None and path.is_dir() and not (path / "started").exists():
                 shutil.rmtree(path)
             link.unlink()
         return found
@@ -932,7 +1208,10 @@ class Spool(History):
     # -- space --
 
     def usage(self) -> int:
-        """Bytes of disk that runs take; what was there before this daemon is counted over the first calls."""
+        """Bytes of disk that are in use and can be had back once the host has them.
+
+        What was there before this daemon is counted over the first calls.
+        """
         return self._settled + sum(run.usage() for run in self._open.values())
 
     def enforce(self, acked: Mapping[RunId, Lengths]) -> bool:
@@ -942,21 +1221,33 @@ class Spool(History):
         the limit it costs three stat calls a live run.
         """
         self._continue_survey()
-        used = self.usage()
+        used = self._used_up(acked)
         bound = self.limit // 20 * 19 if self._full else self.limit
-        if used > bound:
-            # Down to nine tenths, so that it is not done again for each megabyte.
-            self._prune(acked, used - self.limit // 10 * 9)
-            used = self.usage()
+        # Down to nine tenths, so that it is not done again for each megabyte.
+        excess = used - self.limit // 10 * 9 if used > bound else 0
+        fs = os.statvfs(self.path)
+        free, reserve = fs.f_bavail * fs.f_frsize, min(_RESERVE, fs.f_blocks * fs.f_frsize // 50)
+        excess = max(excess, 2 * reserve - free)  # others may have filled the file system
+        if excess > 0:
+            self._prune(acked, excess, tails=used > bound or free < reserve)
+            used = self._used_up(acked)
         self._used = used
-        full = used > bound
-        if full and not self._full:
-            with contextlib.suppress(OSError):
-                (self.path / "full").touch(0o600)
-        elif self._full and not full:
-            (self.path / "full").unlink(missing_ok=True)
-        self._full = full
-        return full
+        self._full = used > bound
+        self._mark("full", self._full)
+        self._mark("drop", self._drop)
+        return self._full
+
+    def _used_up(self, acked: Mapping[RunId, Lengths]) -> int:
+        """What counts against the limit: without the tails of open runs, which are there for the host to compare."""
+        tails = sum(min(held, KEPT_TAIL + _PUNCH_UNIT) for lengths in acked.values() for held in lengths)
+        return max(0, self.usage() - tails)
+
+    def _mark(self, name: str, there: bool) -> None:
+        """Make or remove a file that tells shims something. Where it can't be done now, the next look does it."""
+        path = self.path / name
+        with contextlib.suppress(OSError):
+            if path.exists() != there:
+                path.touch(0o600) if there else path.unlink()
 
     def _continue_survey(self) -> None:
         if self._survey is None:
@@ -973,42 +1264,57 @@ class Spool(History):
                     self._count_settled(run)
 
     def _count_settled(self, run: Run) -> None:
-        self._settled += run.usage()
-        longest = max(run.lengths())
-        if longest >= _PUNCH_UNIT or run.kept_bytes():
-            only_tails = longest <= KEPT_TAIL and not run.kept_bytes()
-            heapq.heappush(self._prunable, (only_tails, run.info.created_ns, os.fspath(run.path)))
+        only_tails = max(run.lengths()) <= KEPT_TAIL and not run.kept_bytes()
+        self._push(run, only_tails=only_tails)
         run.close_fds()
 
-    def _prune(self, acked: Mapping[RunId, Lengths], excess: int) -> None:
+    def _push(self, run: Run, *, only_tails: bool) -> None:
+        """Count what can be pruned. The rest is history, and must not make scripts wait however long it grows."""
+        size = run.usage() - _SMALL_FILES
+        if size > 3 * _PUNCH_UNIT:  # the last block of each stream and of the index is not pruned
+            self._settled += size
+            heapq.heappush(self._prunable, (only_tails, run.info.created_ns, os.fspath(run.path), size))
+
+    def _prune(self, acked: Mapping[RunId, Lengths], excess: int, *, tails: bool) -> None:
         excess = self._prune_settled(excess, tails=False)
+        excess = self._prune_open(acked, excess)
+        if tails:  # before scripts wait for ever; after time travel these are gaps
+            self._prune_settled(excess, tails=True)
+
+    def _prune_open(self, acked: Mapping[RunId, Lengths], excess: int) -> int:
+        """Prune what the host has of the others, oldest first; returns how much is still too much.
+
+        Never their tails: with nothing to compare, a VM set back in time would go on in the middle of what the host
+        has of another future.
+        """
         for run in self.open_runs():
             if excess <= 0:
                 break
             if run.info.run in acked:
                 before = run.usage()
                 with contextlib.suppress(OSError):
-                    run.prune(acked[run.info.run], whole=False, tail=KEPT_TAIL)
+                    run.prune(acked[run.info.run], whole=False)
                 excess -= before - run.usage()
-        # Before scripts wait for ever. After time travel these are gaps.
-        self._prune_settled(excess, tails=True)
+        return excess
 
     def _prune_settled(self, excess: int, *, tails: bool) -> int:
         """Prune what the host has whole, oldest first; returns how much is still too much."""
         for _ in range(_PRUNE_STEP):
             if excess <= 0 or not self._prunable or self._prunable[0][0] > tails:
                 break
-            only_tails, created_ns, path = heapq.heappop(self._prunable)
+            only_tails, _, path, size = heapq.heappop(self._prunable)
+            before = self._settled
+            self._settled -= size
             run = self._load(Path(path))
             final = run.closed() if run is not None else None
             if run is not None and final is not None:
-                before = run.usage()
-                with contextlib.suppress(OSError):
+                try:
                     run.prune(final, whole=True, tail=0 if only_tails else KEPT_TAIL)
-                if not only_tails and max(final) >= _PUNCH_UNIT:
-                    heapq.heappush(self._prunable, (True, created_ns, path))
-                freed = before - run.usage()
-                self._settled -= freed
-                excess -= freed
+                except OSError:
+                    self._push(run, only_tails=only_tails)
+                    return excess
+                if not only_tails:
+                    self._push(run, only_tails=True)
                 run.close_fds()
+            excess -= before - self._settled
         return excess

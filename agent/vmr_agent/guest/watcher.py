@@ -13,7 +13,6 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Callable, Optional, Union
 
 from vmr_agent.errors import show
@@ -56,6 +55,7 @@ class Watcher:
         settle: float = 0.02,
         log: Callable[[str], None],
         events: bool = True,
+        mend: bool = True,
     ) -> None:
         self._path = os.path.abspath(os.fsencode(launch_dir))
         self._settle = settle
@@ -74,6 +74,7 @@ class Watcher:
         self._due = _NEVER
         self._events = Events()
         self._want_events = events
+        self._mends = mend
         self._watched: Optional[tuple[int, int]] = None
         self._tried: Optional[tuple[int, int]] = None
         self._next_try = 0.0
@@ -171,7 +172,7 @@ class Watcher:
         observed = self._events.observed
         self._stirred |= observed if hints.everything else observed & (hints.touched | hints.vanished)
         if full:
-            hints = replace(hints, everything=True)
+            hints = hints._replace(everything=True)
         root = self._open_root()
         if root is None:
             self._held = False
@@ -191,7 +192,8 @@ class Watcher:
             finally:
                 os.close(root)
         waiting: tuple[Union[_Entry, _StartTime], ...] = (*self._unready.values(), *self._starts.values())
-        self._due = min((one.due for one in waiting), default=_NEVER)
+        # With a problem nothing was looked at, and what is due would stay so; it is looked for each second anyway.
+        self._due = _NEVER if self._problem else min((one.due for one in waiting), default=_NEVER)
 
     def _at(self) -> float:
         # The time of this very look: with thousands of VMRs a scan takes longer than `settle`.
@@ -373,7 +375,7 @@ class Watcher:
         if reason is not None:
             return reason
         complete = script is not None and bool(script.st_mode & stat.S_IXUSR)
-        if script is not None and complete and script.st_mode & _OTHERS_WRITE:
+        if script is not None and complete and script.st_mode & _OTHERS_WRITE and self._mends:
             reason = _mend(fd, self._trusted)
             if reason is not None:
                 return reason

@@ -1,0 +1,208 @@
+"""What lives here: the way to the host: the port, the conversation over it, and what waits to be written.
+
+It must not know: what the host's messages mean, which are handed on, nor what there is to ship, which the
+shipper says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from typing import Callable, Optional, Union
+
+from vmr_agent.guest import machine
+from vmr_agent.guest.port import Port, PortState
+from vmr_agent.guest.shipper import Shipper
+from vmr_agent.wire import framing, messages
+from vmr_agent.wire.session import Event, Role, Session
+
+_STRANGER = 10.0  # s; a port that talks for so long and says no Hello leads to something else
+_ROOM = 1.0  # s; a port that was full is tried again, for kernels 5.15 to 6.15 can lose the wake-up
+_QUEUED = 20_000  # messages to the host; more is a host that asks and doesn't read, which then isn't heard
+_BURST = 64  # writes done, and reads taken, before the loop looks at the rest
+_JOINED = 16  # frames in one write, at most
+# s; the same where they take their time, so that a line beside a flood is not late by all of them.
+_SLICE = 0.03
+
+
+class Link:
+    """One end of the virtio-serial port. Each turn of the loop calls :meth:`hear`, then :meth:`speak`."""
+
+    def __init__(
+        self,
+        spec: str,
+        shipper: Shipper,
+        *,
+        introduce: Callable[[bytes, Optional[bytes]], messages.Hello],
+        beat: Callable[[], messages.Heartbeat],
+        heed: Callable[[Event], None],
+        log: Callable[[str], None],
+    ) -> None:
+        """``heed`` is called with each event of the session, in order; it may call :meth:`renew`."""
+        self._spec = spec
+        self._shipper = shipper
+        self._heed = heed
+        self._log = log
+        self._port = Port(spec)
+        self._session = Session(Role.GUEST, introduce=introduce, beat=beat, make_id=lambda: os.urandom(8))
+        self._outbox: deque[Union[bytes, memoryview]] = deque()
+        self._blocked = False  # the port took nothing more
+        self.more = False
+        """The last turn left something undone that no wake-up will tell of."""
+        self._said = ""
+        self._up_since = 0.0
+        self._garbage_before = 0
+
+    def fileno(self) -> int:
+        return self._port.fileno()
+
+    def close(self) -> None:
+        self._port.close()
+
+    @property
+    def virtio(self) -> bool:
+        """Whether the port is a real one: this is a VM, and no test of one."""
+        return self._port.virtio
+
+    @property
+    def state(self) -> PortState:
+        return self._port.state
+
+    @property
+    def reason(self) -> str:
+        """Why there is no conversation, as far as it is known."""
+        return self._port.reason or self._strange()
+
+    @property
+    def open(self) -> bool:
+        """Whether a session is open with a host."""
+        return self._session.open
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """What came in and was of no use, counted by kind."""
+        return dict(self._session.counts)
+
+    def next_due(self) -> float:
+        """When :meth:`hear` and :meth:`speak` have something to do by themselves: BOOTTIME, s."""
+        due = [self._port.next_try(), self._session.next_tick()]
+        if self._blocked:
+            due.append(machine.boottime() + _ROOM)
+        return min((when for when in due if when is not None), default=float("inf"))
+
+    def beat(self, now: float) -> None:
+        """Say a heartbeat at once: what it tells has changed."""
+        self._session.beat(now)
+
+    def renew(self, reason: str) -> None:
+        """End the session and begin another, in which all that was not done comes again."""
+        self._deliver(self._session.renew(machine.boottime(), reason))
+
+    def hear(self, now: float) -> None:
+        """Look after the port, and hand on what the host said."""
+        self.more = False
+        before = self._port.state
+        state = self._port.look(now)
+        if state is PortState.UP and before is not PortState.UP:
+            self._outbox.clear()
+            self._session.connect(now)
+            self._up_since, self._garbage_before = now, self._session.counts["garbage"]
+        # Reads also tell that the host has left. A port that is UP is read each turn: its edges are not counted.
+        for _ in range(_BURST):
+            if self._shipper.queued() > _QUEUED:
+                self.more = not self._blocked
+                break
+            data = self._port.read() if self._port.state is PortState.UP else b""
+            if not data:
+                break
+            self._deliver(self._session.receive(data, now))
+        else:
+            self.more = True  # to read, and its edge is used up
+        if self._port.state is not PortState.UP:
+            self._deliver(self._session.disconnect(self._port.reason))
+            self._blocked = False
+        else:
+            self._deliver(self._session.tick(now))
+        self._say_state()
+
+    def speak(self) -> None:
+        """Write what there is to write, until the port takes no more."""
+        self._outbox.extend(self._session.take())
+        self._blocked = False
+        began = machine.boottime()
+        for _ in range(_BURST):
+            if not self._write():
+                break
+            if machine.boottime() > began + _SLICE:
+                self.more = True
+                break
+        else:
+            self.more = True  # to write, and no edge will tell
+        if self._port.state is PortState.UP:
+            self._port.want_room(self._blocked)
+
+    # --- inside ---
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        session = self._session.id
+        for event in events:
+            if self._session.id != session:
+                return  # one of them ended the session, by us: the others are of one that is over
+            self._heed(event)
+
+    def _write(self) -> bool:
+        """Write a frame, or several small ones, for a write costs a slow VM a millisecond. False when there is none,
+        or no room for all of it."""
+        if self._port.state is not PortState.UP:
+            return False
+        frames: list[Union[bytes, memoryview]] = []
+        room = framing.MAX_FRAME
+        failure: Optional[OSError] = None
+        while len(frames) < _JOINED:
+            try:
+                if not self._outbox and not self._fetch():
+                    break
+            except OSError as error:
+                failure = error  # one run can't be read; what was taken up to it has its numbers, and must go
+                break
+            room -= len(self._outbox[0])
+            if room < 0:
+                break
+            frames.append(self._outbox.popleft())
+        if not frames:
+            if failure is not None:
+                raise failure
+            return False
+        data = frames[0] if len(frames) == 1 else b"".join(frames)
+        taken = self._port.write(data)
+        if taken < len(data):
+            self._blocked = True
+            self._outbox.appendleft(memoryview(data)[taken:])
+        if failure is not None:
+            raise failure
+        return taken == len(data)
+
+    def _fetch(self) -> bool:
+        """Have the shipper's next frame in the outbox, if it has one."""
+        frame = self._shipper.next(self._session) if self._session.open else None
+        if frame is not None:
+            self._outbox.append(frame)
+        return frame is not None
+
+    def _strange(self) -> str:
+        """What is wrong with whoever is at the port's other end, if it doesn't speak as we do."""
+        if self._port.state is not PortState.UP or self._session.open:
+            return ""
+        if machine.boottime() < self._up_since + _STRANGER:
+            return ""
+        if self._session.counts["garbage"] == self._garbage_before:
+            return ""
+        return "what comes in is no Hello; is a vmr-host collector at the other end?"
+
+    def _say_state(self) -> None:
+        up = self._port.state is PortState.UP
+        said = self._strange() if up else f"{self._port.state.value}: {self._port.reason}"
+        if said != self._said:
+            self._said = said
+            self._log(f"port {self._spec}: {said or 'up'}")
