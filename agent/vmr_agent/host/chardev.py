@@ -7,6 +7,7 @@ It must not know: frames, sessions, logs. QEMU's chardev socket serves one clien
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import stat
@@ -18,11 +19,14 @@ from vmr_agent.errors import Problem
 
 RETRY_FIRST, RETRY_LAST = 0.1, 1.0  # s between attempts to connect
 UNREAD = 1 << 20  # bytes the guest may leave unread: what is meant for it is small, and all is said again
+ROOM = UNREAD // 2  # bytes; beyond so much unread requests about files wait: two who push ask for all of it
 _PIECE = 1 << 16  # bytes taken at once; of the worst frames so much holds up the other VMs for 0.1 s
+_CLOSED = "the other end closed the socket"
 
 
 class Chardev:
-    """One VM's socket. Calls back from the loop: ``opened()``, ``received(bytes)``, ``closed(reason)``."""
+    """One VM's socket. Calls back from the loop: ``opened()``, ``received(bytes)``, ``closed(reason)``, ``roomy()``
+    each time that :attr:`full` may have ended."""
 
     def __init__(
         self,
@@ -32,10 +36,11 @@ class Chardev:
         opened: Callable[[], None],
         received: Callable[[bytes], None],
         closed: Callable[[str], None],
+        roomy: Callable[[], None],
     ) -> None:
         self.path = path
         self.listen = listen
-        self._opened, self._received, self._closed = opened, received, closed
+        self._opened, self._received, self._closed, self._roomy = opened, received, closed, roomy
         self._loop = asyncio.get_running_loop()
         self._sock: Optional[socket.socket] = None
         self._listener: Optional[socket.socket] = None
@@ -45,10 +50,15 @@ class Chardev:
         self._timer: Optional[asyncio.TimerHandle] = None
         self.reason = "not tried yet"
 
-    def start(self) -> None:
-        """Begin to connect, or to listen. Raises Problem when it can't listen there."""
-        if self.listen:
+    def bind(self) -> None:
+        """Be there for who connects, where we are to listen; raises Problem when that can't be."""
+        if self.listen and self._listener is None:
             self._listener = _listen(self.path)
+
+    def start(self) -> None:
+        """Begin to connect, or to take who connects. Raises Problem as :meth:`bind` does."""
+        self.bind()
+        if self._listener is not None:
             self._wait()
             self.reason = "nobody has connected"
         else:
@@ -63,6 +73,11 @@ class Chardev:
             self._loop.remove_reader(self._listener)
             self._listener.close()
             self.path.unlink(missing_ok=True)
+
+    @property
+    def full(self) -> bool:
+        """Whether the guest has left so much unread that what can wait should."""
+        return self._unsent > ROOM
 
     def write(self, frame: bytes) -> None:
         """Send a frame; kept while the guest doesn't read. Nothing happens while there is no connection."""
@@ -93,11 +108,14 @@ class Chardev:
 
     def _connect(self) -> None:
         self._timer = None
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        flags = socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        sock: Optional[socket.socket] = None
         try:
+            sock = socket.socket(socket.AF_UNIX, flags)  # there may be no descriptor left
             sock.connect(os.fspath(self.path))
         except OSError as error:
-            sock.close()
+            if sock is not None:
+                sock.close()
             self.reason = error.strerror or str(error)
             self._try_again()
             return
@@ -112,7 +130,14 @@ class Chardev:
         assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # Without a descriptor left the listener stays readable: looked at again at once it would be for ever.
+            if self._sock is None:
+                self.reason = error.strerror or str(error)
+            self._loop.remove_reader(self._listener)
+            self._timer = self._loop.call_later(RETRY_LAST, self._wait)
             return
         if self._sock is not None:
             sock.close()  # one client, as QEMU has it: two would mix their frames
@@ -134,22 +159,22 @@ class Chardev:
         except BlockingIOError:
             return
         except OSError as error:
-            self._lost(error.strerror or str(error))
+            self._lost(_why(error))
             return
         if data:
             self._received(data)
         else:
-            self._lost("the other end closed the socket")
+            self._lost(_CLOSED)
 
     def _send(self) -> None:
         while self._out and self._sock is not None:
             try:
                 sent = self._sock.send(self._out[0])
             except BlockingIOError:
-                self._loop.add_writer(self._sock, self._send)
+                self._loop.add_writer(self._sock, self._go_on)
                 return
             except OSError as error:
-                self._lost(error.strerror or str(error))
+                self._lost(_why(error))
                 return
             self._unsent -= sent
             if sent < len(self._out[0]):
@@ -159,6 +184,11 @@ class Chardev:
         if self._sock is not None:
             self._loop.remove_writer(self._sock)
 
+    def _go_on(self) -> None:
+        self._send()
+        if self._sock is not None and not self.full:
+            self._roomy()
+
     def _let_go(self) -> None:
         assert self._sock is not None
         self._loop.remove_reader(self._sock)
@@ -166,6 +196,7 @@ class Chardev:
         self._sock.close()
         self._sock = None
         self._out.clear()
+        self._unsent = 0
 
     def _lost(self, reason: str) -> None:
         self._let_go()
@@ -173,6 +204,11 @@ class Chardev:
         self._closed(reason)
         if self._listener is None:
             self._try_again()
+
+
+def _why(error: OSError) -> str:
+    """Whether a write or what lay unread comes first decides how a socket tells that it was closed."""
+    return _CLOSED if error.errno in (errno.ECONNRESET, errno.EPIPE) else error.strerror or str(error)
 
 
 def _listen(path: Path) -> socket.socket:

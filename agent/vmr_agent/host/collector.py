@@ -7,7 +7,6 @@ whatever one sends, the others go on. Over 400 lines, as one module: a loop and 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import os
 import selectors
@@ -17,21 +16,25 @@ import socket
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 import vmr_agent
-from vmr_agent import control
+from vmr_agent import control, sizes
 from vmr_agent.errors import Problem, show
 from vmr_agent.host import view
 from vmr_agent.host.chardev import Chardev
-from vmr_agent.host.life import BadGuest, Diverged
+from vmr_agent.host.journal import read_in
+from vmr_agent.host.life import BadGuest, Diverged, OverQuota
 from vmr_agent.host.logstore import LogStore, Syncer
+from vmr_agent.host.quota import Measured
 from vmr_agent.host.renderer import RendererProcess
+from vmr_agent.host.starts import Moment, Starts
 from vmr_agent.host.transfer import Relay
 from vmr_agent.runs import Stream
 from vmr_agent.schedule import near, parse_vmr
@@ -39,16 +42,24 @@ from vmr_agent.wire import messages
 from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
 
 SWEEP = 0.1  # s; the latest acknowledgement of a byte after its arrival
+SOON = 0.03  # s; the earliest: the logs follow, so with a disk that syncs fast they are late by no more
+SYNC_SHARE = 0.2  # of the time the disk may be at it, between these two
 SWEEP_BYTES = 8 << 20  # arrived and not acknowledged; at once then
 TICK = 1.0  # s; how often sessions are told the time
 HELD_LINE = 1.0  # s; a line without an end is shown after so long
 STRANGER = 10.0  # s; a socket that talks for so long and says no Hello speaks something else
+# Without a session and without a byte for so long we connect anew. QEMU (7.2) stops serving the guest's full ring when
+# its client changed while the VM stood still: the guest hears us and is not heard, until the client changes again.
+UNHEARD = 7.0  # s; more than a heartbeat, and the session is back within three
 GARBAGE = 1 << 20  # bytes in one connection; no guest makes so much, and to search it is work
 SESSIONS = 10  # at once, then one a second: each is a record in the journal
 LINES = 40  # here, of one VM, at once; then one a second
 MAX_ROWS = 20_000  # VMRs of one VM kept in memory: twice the most anyone stages
-FAR = 10**18  # ns; no experiment's start is 30 years away
+MAX_DELAY = 1e9  # s to time zero, 30 years: one that a guest can count in ns
+MEASURE = 5.0  # s between looks for room, of a VM over its quota
 _REPLY = 30.0  # s; a guest that has not answered a request by then won't
+_UNHEARD = "connected, but vmr-agent is not heard"
+_NEXT = "the next experiment takes a collector of its own: end this one and start another"
 _LINE = 2_000  # characters; a guest's name for something may be longer
 
 
@@ -92,21 +103,22 @@ class Guest:
         self.store = store
         self.hello: Optional[messages.Hello] = None
         self.configured = False
-        self.zero: Optional[float] = None
-        """Time zero on the monotonic clock where this VM was started by itself."""
+        self.zero: Optional[Moment] = None
+        """Time zero where this VM was started by itself."""
         self.started = False
         self.rows: dict[bytes, messages.Vmr] = {}
         self.health: Mapping[str, Any] = {}
         self._collector = collector
         self._session = Session(Role.HOST, introduce=_introduce, beat=_beat, make_id=lambda: os.urandom(8))
+        self.relay = Relay(self.send, lambda: self.online and self.chardev.full)
         self.chardev = Chardev(
             source.path,
             listen=source.listen,
             opened=self._opened,
             received=self._received,
             closed=self._closed,
+            roomy=self.relay.go_on,
         )
-        self.relay = Relay(self.send)
         self._first_round: Optional[dict[bytes, messages.Vmr]] = None
         self._waiting: dict[bytes, tuple[messages.Request, Callable[[messages.Reply], None]]] = {}
         self._held_lines: dict[tuple[bytes, int], float] = {}
@@ -114,9 +126,17 @@ class Guest:
         self._strange_since: Optional[float] = None
         self._strange_said = False
         self._garbage_before = 0
+        self._heard: Optional[float] = None
+        """When the last byte came, or the connection was made; None while there is none."""
         self._announced: set[bytes] = set()
         """Runs answered in this session: only of these an Ack means anything."""
         self._contradicted = False
+        self._connects = False
+        self.over_quota = False
+        self._withheld: set[bytes] = set()
+        """Runs of which output was refused in this session: what follows it must wait for the next."""
+        self._measuring = False
+        self._measure_at = 0.0
         self._sessions, self._lines = _Budget(SESSIONS), _Budget(LINES)
         self._unsaid = 0
         self._failure = ""
@@ -138,7 +158,7 @@ class Guest:
     @property
     def reason(self) -> str:
         """Why there is no session; empty while there is one."""
-        return "" if self.online else self.chardev.reason or "connected, but vmr-agent is not heard"
+        return "" if self.online else self.chardev.reason or _UNHEARD
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -190,6 +210,11 @@ class Guest:
             self._act(self._session.tick(now))
         if self._strange_since is not None and now - self._strange_since > STRANGER:
             self._say_strange()
+        if self._heard is not None and not self._session.open and now - self._heard > UNHEARD:
+            self._say_strange()
+            self.chardev.drop(_UNHEARD)
+        if self.over_quota and now >= self._measure_at:
+            self.measure()
 
     def _say_strange(self) -> None:
         self._strange_since = None
@@ -208,16 +233,17 @@ class Guest:
 
     def _opened(self) -> None:
         self._session.connect(time.monotonic())
-        self._strange_since = time.monotonic()
+        self._strange_since = self._heard = time.monotonic()
         self._garbage_before = self._session.counts["garbage"]
         self._write()
 
     def _closed(self, reason: str) -> None:
-        self._strange_since = None
+        self._strange_since = self._heard = None
         self._act(self._session.disconnect(reason))
 
     def _received(self, data: bytes) -> None:
-        self._act(self._session.receive(data, time.monotonic()))
+        self._heard = time.monotonic()
+        self._act(self._session.receive(data, self._heard))
         if self._garbage > GARBAGE:
             self._say_strange()
             self.chardev.drop("nothing but garbage")
@@ -228,6 +254,9 @@ class Guest:
                 self._take(event)
             except Diverged as diverged:
                 self._diverged(str(diverged))
+            except OverQuota:
+                if not self._withhold(event):
+                    return
             except BadGuest as error:
                 # Nothing it sends in this connection is believed any more; what it holds, it sends again.
                 self.say(f"sends what can't be: {error}; beginning anew")
@@ -250,11 +279,71 @@ class Guest:
             self.say(f"cannot write to {self.store.log_dir}: {reason}; nothing is acknowledged, trying again")
         self.chardev.drop("the log directory can't be written")
 
+    # --- its quota: what is refused is not acknowledged, so a guest that keeps to the rules has it still
+
+    def _withhold(self, event: Any) -> bool:
+        """There is no room for this. False: not even for what there is to say of its runs, so the session ends."""
+        quota = self.store.quota
+        if not self.over_quota:
+            self.over_quota = True
+            self._measure_at = 0.0
+            self.say(
+                f"takes {sizes.shown(quota.used)} in {self.store.log_dir}, over its quota of "
+                f"{sizes.shown(quota.limit)}: its output waits in the VM until there is room "
+                "(remove what you don't need of it, earlier lives for one, or give it a larger --quota)"
+            )
+        if isinstance(event, (messages.Output, messages.Gap)):
+            self._withheld.add(event.run)
+            return True
+        self.chardev.drop("over its quota")
+        return False
+
+    def start(self) -> None:
+        """Connect, as soon as it is known what the VM takes: each start would let it take as much again.
+
+        Raises Problem where it can't listen.
+        """
+        self.chardev.bind()
+        if self.store.quota.limit:
+            self.measure()
+        else:
+            self._connect()
+
+    def _connect(self) -> None:
+        if not self._connects:
+            self._connects = True
+            self.chardev.start()
+
+    def measure(self) -> None:
+        """Look what it really takes; what is counted meanwhile comes on top."""
+        if self._measuring:
+            return
+        self._measuring = True
+        quota = self.store.quota
+        before = quota.disk
+        self._collector.in_background(quota.measure, lambda measured: self._measured(measured, before))
+
+    def _measured(self, measured: Measured, before: int) -> None:
+        self._measuring = False
+        self._measure_at = time.monotonic() + MEASURE
+        self.store.quota.take(measured, before)
+        self._connect()
+        if self.over_quota and self.store.quota.roomy:
+            self.over_quota = False
+            self.say("there is room again within its quota")
+            if self._withheld:
+                self._act(self._session.renew(time.monotonic(), "what was withheld is to come again"))
+
     def _write(self) -> None:
         for frame in self._session.take():
             self.chardev.write(frame)
 
     def _take(self, event: Any) -> None:
+        if (
+            isinstance(event, (messages.Output, messages.Gap, messages.Closed))
+            and event.run in self._withheld
+        ):
+            return
         if isinstance(event, messages.Output):
             self.store.output(event)
             self._hold_line(event)
@@ -281,7 +370,7 @@ class Guest:
             self._row(event)
         elif isinstance(event, messages.Heartbeat):
             self.health = event.health or {}
-            self._learn(event.configured, event.since_zero, event.zero_by)
+            self._learn(event.configured, event.since_zero)
         elif isinstance(event, messages.Reply):
             if not self.relay.take(event):
                 self._answered(event)
@@ -290,6 +379,7 @@ class Guest:
         elif isinstance(event, Ended):
             self._held_lines.clear()
             self._announced.clear()
+            self._withheld.clear()
             self.relay.ended(event.reason)
             self.say(f"session over: {event.reason}")
 
@@ -301,23 +391,23 @@ class Guest:
         self.hello, self._strange_since = hello, None
         self._strange_said = self._contradicted = False
         self._announced.clear()
+        self._first_round = {}
         new_life = self.store.life(hello, time.time_ns())
         self._failure = ""
         self.say(f"session open with {show(hello.hostname or b'?')} ({show(hello.version.encode())})")
         if new_life:
             self.say("a new life of this VM begins; the earlier one is kept")
-        self._first_round = {}
         self._collector.want_sweep()
         for request, _ in list(self._waiting.values()):
             if new_life:
                 self._give_up(request, "it was asked in an earlier life of this VM")
             else:
                 self.send(request)
-        self._learn(hello.configured, hello.since_zero, hello.zero_by)
+        self._learn(hello.configured, hello.since_zero)
 
-    def _learn(self, configured: Optional[bool], since_zero: Optional[int], zero_by: Optional[str]) -> None:
+    def _learn(self, configured: Optional[bool], since_zero: Optional[int]) -> None:
         self.configured = bool(configured)
-        self._collector.learned(self, since_zero, zero_by)
+        self._collector.learned(self, since_zero)
 
     def _row(self, row: messages.Vmr) -> None:
         if row.vmr is None:
@@ -329,7 +419,7 @@ class Guest:
             self.rows.pop(row.vmr, None)
         else:
             # Cut, for what every VM may make us keep is bounded.
-            kept = dataclasses.replace(row, state=row.state[:32], reason=row.reason[:500])
+            kept = row._replace(state=row.state[:32], reason=row.reason[:500])
             rows = self.rows if self._first_round is None else self._first_round
             if row.changed and self._first_round is None and rows.get(row.vmr) != kept:
                 name = show(row.vmr)
@@ -388,18 +478,29 @@ class Collector:
         control_path: Path,
         expect: Optional[int] = None,
         start_buffer: float = 60.0,
+        quota: int = 0,
     ) -> None:
+        """``quota``: bytes of disk that one VM may take; 0: no bound."""
         self._log_dir = log_dir
+        self._quota = quota
+        self._background: Optional[ThreadPoolExecutor] = None
+        self._results: deque[tuple[Callable[[Measured], None], Measured]] = deque()
+        self._results_told = False
         self._sources = sources
         self._control_path = control_path
         self._expect = expect
         self._start_buffer = start_buffer
         self.guests: dict[str, Guest] = {}
-        self._zero: Optional[float] = None  # time zero on the monotonic clock
+        self._starts = Starts(log_dir)
+        self._boot = _boot_id()
+        self._zero: Optional[Moment] = None
+        """Time zero of all VMs."""
         self._syncer = Syncer()
         self._renderer: Optional[RendererProcess] = None
+        self._renderer_failure = ""
         self._sweep_now = asyncio.Event()
         self._sweep_timer: Optional[asyncio.TimerHandle] = None
+        self._sync_took = 0.0  # s, the last time
         self._clients: set[control.Client] = set()
         self._listener: Optional[socket.socket] = None
         self._stop = asyncio.Event()
@@ -411,11 +512,11 @@ class Collector:
             loop.add_signal_handler(number, self._stop.set)
         try:
             for source in self._sources:
-                self.guests[source.vm] = Guest(source, LogStore(self._log_dir, source.vm, log=say), self)
+                self.guests[source.vm] = Guest(source, self._store(source.vm), self)
             self._listen()
             self._start_renderer()
             for guest in self.guests.values():
-                guest.chardev.start()
+                guest.start()
             say(f"collecting from {len(self.guests)} VM{'s' * (len(self.guests) != 1)} into {self._log_dir}")
             tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._sweeps())]
             stopped = asyncio.create_task(self._stop.wait())
@@ -427,12 +528,42 @@ class Collector:
         finally:
             await self._shut_down()
 
+    def _store(self, vm: str) -> LogStore:
+        return LogStore(self._log_dir, vm, log=say, limit=self._quota)
+
+    def in_background(self, work: Callable[[], Measured], then: Callable[[Measured], None]) -> None:
+        """Work that may take long, one after the other, beside all syncs."""
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1)
+        loop = asyncio.get_running_loop()
+
+        def done(future: Future[Measured]) -> None:
+            if future.cancelled():
+                return
+            self._results.append((then, future.result()))
+            # Each call writes a byte to the pipe that wakes the loop. While the loop is busy three hundred fill it,
+            # and a signal, whose byte goes there too, is lost: SIGTERM would have to be sent again.
+            if not self._results_told:
+                self._results_told = True
+                with suppress(RuntimeError):  # the loop is closed: they are of no use any more
+                    loop.call_soon_threadsafe(self._take_results)
+
+        self._background.submit(work).add_done_callback(done)
+
+    def _take_results(self) -> None:
+        self._results_told = False  # first: what comes from here on is told again
+        while self._results:
+            then, measured = self._results.popleft()
+            then(measured)
+
     async def _shut_down(self) -> None:
         """In this order: no more bytes in, what came made durable, then rendered to its end."""
         for guest in self.guests.values():
             guest.chardev.close()
         for client in list(self._clients):
             self._drop(client)
+        if self._background is not None:
+            self._background.shutdown(wait=False, cancel_futures=True)
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
@@ -457,9 +588,26 @@ class Collector:
             now = time.monotonic()
             for guest in self.guests.values():
                 guest.tick(now)
+            if self._starts.changed:
+                try:
+                    self._starts.write()
+                except OSError as failed:
+                    self._cannot_keep(failed)
             if self._renderer is not None and not self._renderer.alive():
-                say("the renderer ended; starting another")
-                self._renderer.restart()
+                self._restart_renderer(self._renderer)
+
+    def _restart_renderer(self, ended: RendererProcess) -> None:
+        """Where there is no room for one now, in the next second or a later: the journals keep what it is to show."""
+        if not self._renderer_failure:
+            say("the renderer ended; starting another")
+        try:
+            ended.restart()
+            self._renderer_failure = ""
+        except OSError as error:
+            failure = f"cannot start a renderer: {error.strerror or error}; trying again"
+            if failure != self._renderer_failure:
+                self._renderer_failure = failure
+                say(failure)
 
     # --- durability ---
 
@@ -468,7 +616,9 @@ class Collector:
         if at_once:
             self._sweep_now.set()
         elif self._sweep_timer is None:
-            self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP, self._sweep_now.set)
+            loop = asyncio.get_running_loop()
+            delay = min(SWEEP, max(SOON, self._sync_took / SYNC_SHARE))
+            self._sweep_timer = loop.call_later(delay, self._sweep_now.set)
 
     async def _sweeps(self) -> None:
         loop = asyncio.get_running_loop()
@@ -489,7 +639,9 @@ class Collector:
                     begun.append((guest, sync))
             if not begun:
                 continue
+            began = time.monotonic()
             await loop.run_in_executor(None, self._syncer.sync, [sync for _, sync in begun])
+            self._sync_took = time.monotonic() - began
             for guest, sync in begun:
                 try:
                     guest.acknowledge(guest.store.finish_sync(sync))
@@ -503,26 +655,59 @@ class Collector:
 
     # --- the experiment's start ---
 
-    def learned(self, guest: Guest, since_zero: Optional[int], zero_by: Optional[str]) -> None:
-        """A guest said how it stands: whether it's configured, and its time zero."""
-        now = time.monotonic()
+    def learned(self, guest: Guest, since_zero: Optional[int]) -> None:
+        """A guest said how it stands: whether it's configured, and its time zero. Of the latter nothing is believed
+        but whether there is one: a guest that lies would start all the others."""
         guest.started = since_zero is not None
-        told = since_zero is not None and zero_by == "host" and guest.zero is None
-        if self._zero is None and since_zero is not None and told and abs(since_zero) <= FAR:
-            # We were started again: the first guest that was told by a host tells us.
-            self._zero = now - since_zero / 1e9
+        self._recall(guest)
         if self._zero is None and self._expect is not None:
             configured = sum(each.configured for each in self.guests.values())
             if configured >= self._expect:
-                say(f"{configured} VMs are configured: the experiment starts in {self._start_buffer:g} s")
-                self.start(self._start_buffer)
+                try:
+                    self.start(self._start_buffer)
+                    vms = "1 VM is" if configured == 1 else f"{configured} VMs are"
+                    say(f"{vms} configured: the experiment starts in {self._start_buffer:g} s")
+                except OSError as failed:  # tried again when the next says something
+                    self._cannot_keep(failed)
         zero = self._zero if guest.zero is None else guest.zero
         if zero is not None and since_zero is None:
-            guest.send(messages.Start(delay=int((zero - now) * 1e9)))
+            self._note_start(guest, zero)
+            guest.send(messages.Start(delay=int(zero.seconds_since(self._now()) * 1e9)))
+
+    def _recall(self, guest: Guest) -> None:
+        """What a collector before this one told the VM, as long as it is the same experiment."""
+        start = self._starts.of(guest.vm, guest.store.spool)
+        if start is None:
+            return
+        if not start.everybody:
+            guest.zero = start.zero
+        elif self._zero is None:
+            self._zero = start.zero
+            seconds = start.zero.seconds_since(self._now())
+            say(
+                f"the experiment's start is known: {abs(seconds):.0f} s {'from now' if seconds > 0 else 'ago'}"
+            )
+
+    def _note_start(self, guest: Guest, zero: Moment) -> None:
+        self._starts.note(guest.vm, guest.store.spool, everybody=guest.zero is None, zero=zero)
+
+    def _cannot_keep(self, failed: OSError) -> None:
+        say(
+            f"cannot keep the experiment's start in {self._log_dir}: {failed.strerror or failed}; trying again"
+        )
+
+    def _now(self) -> Moment:
+        return Moment(self._boot, time.clock_gettime_ns(time.CLOCK_BOOTTIME), time.time_ns())
 
     def start(self, delay: float) -> None:
-        """Set time zero ``delay`` seconds from now, for all VMs, also those that come later."""
-        self._zero = time.monotonic() + delay
+        """Set time zero ``delay`` seconds from now, for all VMs, also those that come later. OSError where it can't
+        be kept, and then it is not set."""
+        zero = self._now().after(delay)
+        for guest in self.guests.values():
+            if guest.zero is None:
+                self._note_start(guest, zero)
+        self._starts.write()
+        self._zero = zero
         for guest in self.guests.values():
             guest.send(messages.Start(delay=int(delay * 1e9)))
 
@@ -543,13 +728,22 @@ class Collector:
                 f"cannot listen at {self._control_path}: {error.strerror or error}",
                 hint="--control names another socket",
             ) from None
-        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        self._attend_listener()
+
+    def _attend_listener(self) -> None:
+        if self._listener is not None and self._listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
         assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptor left: it stays readable, so not at once again
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            loop.call_later(TICK, self._attend_listener)
             return
         if not control.may_ask(sock) or len(self._clients) >= control.MAX_CLIENTS:
             sock.close()
@@ -618,18 +812,22 @@ class Collector:
 
     def _verb_start(self, client: control.Client, request: Mapping[str, Any]) -> None:
         delay = request.get("delay", 0)
-        if not isinstance(delay, (int, float)) or not 0 <= delay <= 10**9:
+        if not isinstance(delay, (int, float)) or not 0 <= delay <= MAX_DELAY:
             raise Problem("cannot start: the delay must be a number of seconds")
         guests = self._chosen(request)
         if request.get("vm") is None:
             if self._zero is not None:
-                raise Problem("cannot start: the experiment's start is set already")
-            self.start(delay)
+                raise Problem("cannot start: the experiment's start is set already", hint=_NEXT)
+            try:
+                self.start(delay)
+            except OSError as error:
+                raise Problem(f"cannot start: {self._log_dir}: {error.strerror or error}") from None
         else:
             (guest,) = guests
             if guest.started or guest.zero is not None:
-                raise Problem(f"cannot start {guest.vm}: its time zero is set already")
-            guest.zero = time.monotonic() + delay
+                raise Problem(f"cannot start {guest.vm}: its time zero is set already", hint=_NEXT)
+            guest.zero = self._now().after(delay)
+            self._note_start(guest, guest.zero)
             guest.send(messages.Start(delay=int(delay * 1e9)))
         failed = {guest.vm: f"is offline: {guest.reason}" for guest in guests if not guest.online}
         self._tell(client, {"ok": True, "done": len(guests) - len(failed), "failed": failed})
@@ -714,6 +912,11 @@ class Collector:
             "reason": guest.reason,
             "configured": guest.configured,
             "states": dict(states),
+            "disk": {
+                "used": guest.store.quota.used,
+                "quota": guest.store.quota.limit,
+                "over": guest.over_quota,
+            },
             "health": {key: each for key, each in guest.health.items() if not isinstance(each, bytes)},
             "dropped": guest.dropped,
         }
@@ -734,6 +937,14 @@ def _introduce(own: bytes, peer: Optional[bytes]) -> messages.Hello:
         version=vmr_agent.__version__,
         wall=time.time_ns(),
     )
+
+
+def _boot_id() -> str:
+    """Of this host; empty where it can't be known, and then the wall clock counts."""
+    try:
+        return read_in(Path("/proc/sys/kernel/random"), "boot_id").decode().strip()
+    except OSError:
+        return ""
 
 
 def _beat() -> messages.Heartbeat:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import signal
 import time
 from functools import lru_cache
 from typing import Any, Optional, Union
 
 from vmr_agent.errors import show
-from vmr_agent.runs import Ending, Stream
+from vmr_agent.runs import Ending, Stream, signal_name
 from vmr_agent.wire import messages
 
 INFO = "INFO"
@@ -38,14 +37,6 @@ def _clock(second: int) -> str:
 def stamp(ns: int) -> str:
     """``2024-06-06 00:43:06``, in UTC."""
     return _clock(ns // 1_000_000_000)
-
-
-def signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        # Python names only the ends of the real-time range.
-        return f"SIGRTMIN+{number - signal.SIGRTMIN}" if number > signal.SIGRTMIN else f"signal {number}"
 
 
 class Origin:

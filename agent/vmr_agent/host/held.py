@@ -5,12 +5,10 @@ It must not know: files, the journal, how any of it came.
 
 from __future__ import annotations
 
-import time
 from typing import Any, Optional
 
 from vmr_agent.errors import show
-from vmr_agent.host.firewheel_log import signal_name
-from vmr_agent.runs import Ending, RunState, Stream, run_path
+from vmr_agent.runs import Ending, RunState, Stream, run_path, signal_name, timestamp
 from vmr_agent.wire import messages
 
 STATES = {
@@ -51,6 +49,8 @@ class HeldRun:
         self.ended_ns = 0
         self.closed: Optional[messages.Closed] = None
         self.gaps: list[dict[str, Any]] = []
+        self.missing = 0
+        """Bytes in all gaps, also those that are not listed for there are too many."""
         self.size = len(pack(message))
         """Bytes that it keeps in memory, about."""
         self.label = (message.vmr, message.attempt)
@@ -60,6 +60,16 @@ class HeldRun:
         """Returns by how much :attr:`size` grew."""
         self.exit = message
         return self._grow(len(pack(message)))
+
+    @staticmethod
+    def gap_row(message: messages.Gap, skew_ns: int) -> dict[str, Any]:
+        return {
+            "stream": Stream(message.stream).filename,
+            "offset": message.offset,
+            "length": message.length,
+            "reason": message.reason,
+            "time": timestamp(message.wall + skew_ns) if message.wall is not None else None,
+        }
 
     def list_gap(self, gap: dict[str, Any]) -> int:
         """Returns by how much :attr:`size` grew."""
@@ -81,7 +91,7 @@ class HeldRun:
             "trigger": self.message.trigger,
             "state": "running",
             "pid": self.message.pid,
-            "started": _iso(self.started_ns),
+            "started": timestamp(self.started_ns),
             "ended": None,
             "duration_s": None,
             "exit_code": None,
@@ -92,11 +102,12 @@ class HeldRun:
             "closed": self.closed is not None,
             "complete": False,
             "gaps": self.gaps,
+            "missing_bytes": self.missing,
             "rusage": None,
         }
         ended = self.exit
         if ended is not None:
-            row["ended"] = _iso(self.ended_ns) if ended.ended else None
+            row["ended"] = timestamp(self.ended_ns) if ended.ended else None
             row["state"] = STATES.get(ended.ending, "lost")
             if ended.ending in (Ending.CODE.value, Ending.SIGNAL.value):
                 row["duration_s"] = max(0, ended.ended_boottime - ended.started_boottime) / 1e9
@@ -111,7 +122,7 @@ class HeldRun:
                 "max_rss_bytes": ended.max_rss,
             }
         if self.closed is not None:
-            row["complete"] = not self.gaps and not self.closed.reason
+            row["complete"] = not self.missing and not self.closed.reason
             row["error"] = row["error"] or self.closed.reason or None
         return row
 
@@ -123,6 +134,7 @@ class HeldRun:
             "ended_ns": self.ended_ns,
             "closed": to_hex(self.closed) if self.closed else None,
             "gaps": self.gaps,
+            "missing": self.missing,
             "streams": [
                 [held.held, held.gap_end, held.more, held.unfinished] for held in self.streams.values()
             ],
@@ -138,14 +150,10 @@ class HeldRun:
             run.state, run.closed = RunState.CLOSED, from_hex(row["closed"])
         for gap in row["gaps"]:
             run.list_gap(gap)
+        run.missing = row["missing"]
         for held, values in zip(run.streams.values(), row["streams"]):
             held.held, held.gap_end, held.more, held.unfinished = values
         return run
-
-
-def _iso(ns: int) -> str:
-    second, rest = divmod(max(ns, 0), 1_000_000_000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f".{rest // 1000:06d}Z"
 
 
 def pack(message: messages.Message) -> bytes:

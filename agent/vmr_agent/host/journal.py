@@ -12,6 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Callable, Optional, Union
 
 from vmr_agent.errors import Problem
@@ -100,23 +101,30 @@ def vm_segment(vm: str) -> str:
     return path_segment(os.fsencode(vm))
 
 
+def life_of(name: str) -> tuple[str, int]:
+    """What the name of a life's directory says: the VM as a segment, and the life's number, 0 for the current one.
+
+    A ~ of a VM's own is written %7E; where a segment was cut %~ stands.
+    """
+    segment, tilde, number = name.rpartition("~")
+    if tilde and number.isdecimal() and not segment.endswith("%"):
+        return segment, int(number)
+    return name, 0
+
+
 def lives(log_dir: int, segment: str) -> dict[str, int]:
     """The directories of a VM's lives, by the number in their names; the current one has 0."""
-    found = {}
-    for name in os.listdir(log_dir):
-        if name == segment:
-            found[name] = 0
-        elif name.startswith(segment + "~") and name[len(segment) + 1 :].isdigit():
-            found[name] = int(name[len(segment) + 1 :])
-    return found
+    found = {name: life_of(name) for name in os.listdir(log_dir)}
+    return {name: number for name, (each, number) in found.items() if each == segment}
 
 
-def rendered_life(log_dir: int, segment: str) -> int:
-    """The number of the life that is being rendered, 0 when none was."""
+def rendered(log_dir: int, segment: str) -> tuple[int, int]:
+    """The number of the life that is being rendered, and the place in its journal up to which it is; 0, 0: none was."""
     try:
-        return int(json.loads(read_file(log_dir, f".{segment}.rendered"))["life"])
+        note = json.loads(read_file(log_dir, f".{segment}.rendered"))
+        return int(note["life"]), int(note["journal"])
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return 0, 0
 
 
 def read_file(directory: int, name: str) -> bytes:
@@ -134,6 +142,25 @@ def open_read(directory: int, name: str) -> int:
 def replace_file(directory: int, name: str, content: bytes) -> None:
     write_temporary(directory, name, content, sync=False)
     commit_temporary(directory, name)
+
+
+def read_in(directory: Path, name: str) -> bytes:
+    """A file's content. OSError where there is none."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return read_file(fd, name)
+    finally:
+        os.close(fd)
+
+
+def replace_durably(directory: Path, name: str, content: bytes) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        write_temporary(fd, name, content, sync=True)
+        commit_temporary(fd, name)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_temporary(directory: int, name: str, content: bytes, *, sync: bool) -> None:

@@ -9,13 +9,14 @@ It is over 400 lines because writing the journal and replaying it must agree cha
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import errno
 import json
 import os
+import threading
 import zlib
 from collections import OrderedDict
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from vmr_agent.errors import show
 from vmr_agent.host.held import STATES, HeldRun, from_hex, pack, to_hex
@@ -36,13 +37,16 @@ from vmr_agent.host.journal import (
     replace_file,
     write_all,
 )
+from vmr_agent.host.quota import BLOCK, RUN, SAMPLE, Quota
 from vmr_agent.runs import RunState, Stream, run_path
 from vmr_agent.schedule import parse_vmr
 from vmr_agent.wire import messages
 
 TAIL = 65_536
 """Bytes at a stream's end that an Ack's ``tails`` cover: PROTOCOL.md."""
-MAX_OFFSET = 2**62
+_RECKONED = 1 << 20  # bytes of which one sample is taken
+MAX_OFFSET = 2**53
+"""8 PiB, the last count that every reader of JSON takes exactly. Only a gap can get there."""
 MAX_OPEN_RUNS = 10_000
 MAX_RUNS = 200_000
 MAX_HELD = 16 << 20
@@ -58,6 +62,10 @@ _SECOND = 1_000_000_000
 
 class BadGuest(Exception):
     """The guest said what no guest says: the caller ends the session."""
+
+
+class OverQuota(Exception):
+    """There is no room for it within the VM's quota: it is not stored, and not to be acknowledged."""
 
 
 class Diverged(Exception):
@@ -90,9 +98,15 @@ class Sync:
         self.held: list[_Snapshot] = []
         self.checkpoint: Optional[bytes] = None
         self.error: Optional[OSError] = None
+        self.busy = threading.Lock()
+        """Held while it is worked on: an error that one sync was told of is told no other that begins later."""
 
     def sync(self) -> None:
         """Sync each file, then each directory that names new ones."""
+        with self.busy:
+            self._sync()
+
+    def _sync(self) -> None:
         try:
             for name in sorted(self.files):
                 self._sync_one(name, os.O_RDONLY, os.fdatasync)
@@ -122,7 +136,9 @@ class Sync:
 class Life:
     """The directory of one life and what is held in it."""
 
-    def __init__(self, directory: int, number: int, spool: bytes, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, directory: int, number: int, spool: bytes, log: Callable[[str], None], quota: Quota
+    ) -> None:
         self.number = number
         self.spool = spool
         self.hello: Optional[messages.Hello] = None
@@ -132,6 +148,7 @@ class Life:
         self.unfinished: set[tuple[bytes, int]] = set()
         self._directory = directory
         self._log = log
+        self._quota = quota
         self._journal = -1
         self._size = 0
         self._waiting = bytearray()
@@ -141,7 +158,8 @@ class Life:
         self._runs: dict[bytes, HeldRun] = {}
         self._held = 0
         """Bytes that these keep in memory, about."""
-        self._finished: dict[bytes, tuple[bytes, int]] = {}
+        self._finished: dict[bytes, tuple[tuple[bytes, int], int]] = {}
+        """By run: its label, and when it was executed, see :func:`_when`."""
         self._labels: dict[tuple[bytes, int], bytes] = {}
         self._touched: dict[bytes, HeldRun] = {}
         self._open: OrderedDict[str, int] = OrderedDict()
@@ -154,6 +172,7 @@ class Life:
         self.append(Kind.LIFE, LIFE.pack(self.number, self.spool, wall_ns))
         self._write_waiting()
         self.directories |= {".", ".."}
+        self._quota.add(3 * BLOCK)
 
     def close(self) -> None:
         for fd in (*self._open.values(), self._journal, self._directory):
@@ -165,7 +184,9 @@ class Life:
     # --- the journal
 
     def append(self, kind: int, content: bytes) -> None:
-        self._waiting += pack_record(kind, content)
+        record = pack_record(kind, content)
+        self._waiting += record
+        self._quota.add(len(record))
         self._since_checkpoint += 1
         self.files.add(JOURNAL)
         if len(self._waiting) > 1 << 16:
@@ -197,6 +218,12 @@ class Life:
         self.files, self.directories, self._touched, self.unsynced = set(), set(), {}, 0
         return sync
 
+    def take_back(self, sync: Sync) -> None:
+        """What it was to do is to be done by the next."""
+        self.files |= sync.files
+        self.directories |= sync.directories
+        self._touched.update((each.run.message.run, each.run) for each in sync.held)
+
     def finish_sync(self, sync: Sync) -> list[messages.Ack]:
         self._waiting += pack_record(Kind.MARK, MARK.pack(sync.covers))
         self._write_waiting()
@@ -220,7 +247,8 @@ class Life:
         """Forget all of a run but its label."""
         if self._runs.pop(run.message.run, None) is not None:
             self._held -= run.size
-        self._finished[run.message.run] = run.label
+        assert run.exit is not None
+        self._finished[run.message.run] = (run.label, _when(run.message.started, run.exit.ended))
         for stream in Stream:
             self._close_raw(f"{run.path}/{stream.filename}")
 
@@ -234,7 +262,10 @@ class Life:
             "hello": to_hex(self.hello) if self.hello else None,
             "skew": self._skew,
             "runs": [run.to_json() for run in self._runs.values() if run.durable is not RunState.CLOSED],
-            "finished": [[run.hex(), vmr.hex(), attempt] for run, (vmr, attempt) in self._finished.items()],
+            "over": [
+                [run.hex(), vmr.hex(), attempt, when]
+                for run, ((vmr, attempt), when) in self._finished.items()
+            ],
         }
         return pack_record(0, json.dumps(state).encode())
 
@@ -248,13 +279,13 @@ class Life:
         if not body or len(body) != length or zlib.crc32(body) != crc:
             return 0
         state = json.loads(body[1:])
-        if state["life"] != self.number or state["journal"] > size:
+        if state["life"] != self.number or state["journal"] > size or "over" not in state:
             return 0
         self.hello = from_hex(state["hello"]) if state["hello"] else None
         self._skew = state["skew"]
-        for run_hex, vmr, attempt in state["finished"]:
+        for run_hex, vmr, attempt, when in state["over"]:
             run_id, label = bytes.fromhex(run_hex), (bytes.fromhex(vmr), attempt)
-            self._finished[run_id] = label
+            self._finished[run_id] = (label, when)
             self._labels[label] = run_id
         for row in state["runs"]:
             run = HeldRun.from_json(row)
@@ -275,7 +306,8 @@ class Life:
                 marked = MARK.unpack(content)[0]
         marked = max(marked, known)
         self._size = begin
-        crossed = False
+        crossed = cut = False
+        forgotten: set[str] = set()
         beginning = b""
         for behind, kind, content in read_records(self._journal, begin):
             if kind == Kind.LIFE:
@@ -284,8 +316,10 @@ class Life:
                 if not crossed:
                     self._all_durable()
                     crossed = True
-                if not trust or not self._stands(kind, content):
-                    break
+                cut = cut or not trust or not self._stands(kind, content)
+            if cut:
+                self._forget(kind, content, forgotten)
+                continue
             self._replay(kind, content)
             self._size = behind
         if not crossed:
@@ -293,6 +327,8 @@ class Life:
         self._write_again(marked)
         if self._size < size:
             self._log(f"the journal's last {size - self._size} bytes did not become durable and are cut off")
+            for path in sorted(forgotten):  # before the record goes that would have it done again
+                self._sync_directory(path)
             os.ftruncate(self._journal, self._size)
             if not self._size:  # a life without its first record would be none
                 self.append(Kind.LIFE, beginning)
@@ -307,14 +343,72 @@ class Life:
                 self._finish(run)
         return crossed and self._size > marked
 
+    def reckon(self, begin: int) -> None:
+        """Count what the logs will take of what is held and not rendered: behind this place in the journal. Earlier
+        lives, of which something may be unrendered too, are not counted."""
+        # One read of a script may stand in many records, which are taken together.
+        run, stream, start, end, place = b"", 0, 0, 0, 0
+        for behind, kind, content in read_records(self._journal, begin):
+            if kind != Kind.OUTPUT or behind > self._size:
+                continue
+            run_id, number, offset, length, _, _ = OUTPUT.unpack(content)
+            if (run, stream, end) != (run_id, number, offset) or end - start >= _RECKONED:
+                self._reckon(run, stream, start, end, place)
+                run, stream, start = run_id, number, offset
+            end, place = offset + length, behind
+        self._reckon(run, stream, start, end, place)
+
+    def _reckon(self, run_id: bytes, number: int, begin: int, end: int, behind: int) -> None:
+        if begin == end:
+            return
+        run = self._runs.get(run_id)
+        vmr, attempt = run.label if run is not None else self._finished[run_id][0]
+        size = min(end - begin, SAMPLE)
+        sample = b""
+        with contextlib.suppress(OSError):  # removed by somebody: it will be said, and no more
+            fd = open_read(self._directory, f"{run_path(vmr, attempt)}/{Stream(number).filename}")
+            try:
+                sample = os.pread(fd, size, begin + (end - begin - size) // 2)
+            finally:
+                os.close(fd)
+        self._quota.reckon(sample, end - begin, len(vmr), (self.number, behind))
+
+    def _forget(self, kind: int, content: bytes, forgotten: set[str]) -> None:
+        """What the journal doesn't say has no row, should its guest, set back in time, never say it again."""
+        message = messages.unpack(content).message if kind == Kind.RUN else None
+        if isinstance(message, messages.Run) and (message.vmr, message.attempt) not in self._labels:
+            path = run_path(message.vmr, message.attempt)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{path}/result.json", dir_fd=self._directory)
+            forgotten.add(path)
+
+    def _sync_directory(self, path: str) -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=self._directory)
+        except FileNotFoundError:
+            return
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def _stands(self, kind: int, content: bytes) -> bool:
-        if kind != Kind.OUTPUT:
+        if kind == Kind.GAP:
+            gap = messages.unpack(content).message
+            assert isinstance(gap, messages.Gap)
+            run_id, stream, offset, length, crc = gap.run, gap.stream, gap.offset, gap.length, 0
+        elif kind == Kind.OUTPUT:
+            run_id, stream, offset, length, _, crc = OUTPUT.unpack(content)
+        else:
             return True
-        run_id, stream, offset, length, _, crc = OUTPUT.unpack(content)
         try:
             fd = self._raw(self._runs[run_id], Stream(stream), os.O_RDWR)
         except (OSError, KeyError):
             return False
+        if kind == Kind.GAP:
+            # A power cut may have kept the record and not the file's new size.
+            os.ftruncate(fd, max(offset + length, os.fstat(fd).st_size))
+            return True
         data = os.pread(fd, length, offset)
         if zlib.crc32(data) != crc:
             return False
@@ -380,6 +474,9 @@ class Life:
             if held.unfinished and os.pread(fd, 1, held.held - 1) == b"\n":
                 held.unfinished = False
             self._note_unfinished(run, stream)
+            # Cut now, or by one who was killed before its sync: the disk may still have the old size without the bytes,
+            # and in a life that is over nobody would cut it.
+            self.files.add(f"{run.path}/{stream.filename}")
         self._write_result(run)
 
     # --- what the guest says
@@ -387,10 +484,20 @@ class Life:
     def run(self, message: messages.Run) -> messages.Ack:
         label = (message.vmr, message.attempt)
         known = self._runs.get(message.run)
-        held_label = known.label if known is not None else self._finished.get(message.run)
-        if held_label is not None:
+        over = self._finished.get(message.run)
+        if known is not None or over is not None:
+            held_label, same = label, True
+            if known is not None:
+                held_label, same = known.label, message.started == known.message.started
+                if known.exit is not None and message.ended is not None:
+                    same = same and message.ended == known.exit.ended
+            elif over is not None:
+                held_label, ended = over[0], over[1] % (1 << 32)
+                same = over[1] == _when(message.started, message.ended, ended)
             if held_label != label:
                 raise Diverged(f"{_label(held_label)} now says it is {_label(label)}")
+            if not same:
+                raise Diverged(f"{_label(label)} was executed at another time before")
             return self._ack(known) if known is not None else self._ack_finished(message)
         if label in self._labels:
             raise Diverged(f"{_label(label)} is another run than before")
@@ -402,11 +509,17 @@ class Life:
             raise BadGuest(f"{self._held:,} bytes said of its open runs")
         if len(self._labels) >= MAX_RUNS:
             raise BadGuest(f"more than {MAX_RUNS:,} runs")
+        self._admit()
+        self._quota.add(RUN)
         run = HeldRun(message, message.started + self._skew)
         self._make_directory(run.path)
         for stream in Stream:
-            os.ftruncate(self._raw(run, stream), 0)
+            # Of another future, whose record the journal lost. That this is cut must last, too.
+            if os.fstat(self._raw(run, stream)).st_size:
+                os.ftruncate(self._raw(run, stream), 0)
+                self.files.add(f"{run.path}/{stream.filename}")
         self.append(Kind.RUN, pack(message))
+        self._write_waiting()  # before a row says so
         self._add(run)
         self._write_result(run)
         return messages.Ack(message.run, int(RunState.NONE), 0, 0, ((0, 0), (0, 0)))
@@ -430,8 +543,13 @@ class Life:
         held.more = message.more
         if not data:
             self._note_unfinished(run, stream)
+            # It may have become durable after this session's first Ack of the run, before the guest had sent it:
+            # unless it is acknowledged again now it stays in flight there, and in the end fills the window.
+            self._touched[message.run] = run
             return
         self._allow(run, end)
+        if self._quota.over:
+            raise OverQuota
         write_all(self._raw(run, stream), data, offset)
         begin = at = 0
         begun = marks[0][1]
@@ -442,6 +560,8 @@ class Life:
                 begin, begun = at, wall
             at += length
         self._append_output(run, stream, offset + begin, data[begin:], begun)
+        where = (self.number, self._size + len(self._waiting))
+        self._quota.add_output(bytes(data), len(run.message.vmr), where)
         self.unsynced += len(data)
         self._apply_output(run, stream, end, unfinished=data[-1] != 0x0A)
 
@@ -458,15 +578,21 @@ class Life:
         if message.offset > held:
             raise BadGuest(f"a hole in {run.path}/{stream.filename}: a gap at {message.offset}, not {held}")
         if end <= held:
+            self._touched[message.run] = run  # as for output
             return
         self._allow(run, end)
+        if self._quota.over:
+            raise OverQuota
+        self._quota.add(BLOCK)  # of what comes behind it
+        message = message._replace(offset=held, length=end - held)
+        # First, or who reads along takes the hole for output; should it stay alone, recovery writes it anew.
+        self._write_result(run, run.gap_row(message, self._skew))
         try:
             os.ftruncate(self._raw(run, stream), end)
         except OSError as error:
             if error.errno == errno.EFBIG:
                 raise BadGuest(f"a gap up to byte {end}, more than a file can have") from None
             raise
-        message = dataclasses.replace(message, offset=held, length=end - held)
         self.append(Kind.GAP, pack(message))
         self._apply_gap(run, message)
         self._write_result(run)
@@ -480,6 +606,7 @@ class Life:
         if self._held > MAX_HELD:
             raise BadGuest(f"{self._held:,} bytes said of its open runs")
         if run.exit is None:
+            self._admit()
             self.append(Kind.EXIT, pack(message))
             self._apply_exit(run, message)
             self._write_result(run)
@@ -499,6 +626,7 @@ class Life:
         if (message.stdout, message.stderr) != lengths or (run.closed is not None and run.closed != message):
             raise Diverged(f"{_label(run.label)} was longer before")
         if run.closed is None:
+            self._admit()
             self.append(Kind.CLOSED, pack(message))
             self._apply_closed(run, message)
             self._write_result(run)
@@ -519,11 +647,16 @@ class Life:
         return run
 
     def _allow(self, run: HeldRun, end: int) -> None:
-        """The place for limits on what one VM may store."""
+        """Refuses output or a gap up to byte ``end`` that no file could have, or of a run that is over."""
         if end > MAX_OFFSET:
             raise BadGuest(f"an offset of {end}")
         if run.state is RunState.CLOSED:
             raise BadGuest(f"{run.path} goes on after it was closed")
+
+    def _admit(self) -> None:
+        """What is said of a run goes over the quota, by a little."""
+        if self._quota.exhausted:
+            raise OverQuota
 
     # --- what changes in memory, when said and when replayed
 
@@ -552,9 +685,9 @@ class Life:
         stream = Stream(message.stream)
         held = run.streams[stream]
         held.held = held.gap_end = message.offset + message.length
+        run.missing += message.length
         if len(run.gaps) < MAX_GAPS_LISTED and self._held < MAX_HELD // 2:
-            where = {"stream": stream.filename, "offset": message.offset, "length": message.length}
-            self._held += run.list_gap({**where, "reason": message.reason})
+            self._held += run.list_gap(run.gap_row(message, self._skew))
         self._apply_output(run, stream, held.held, unfinished=False)
 
     def _apply_exit(self, run: HeldRun, message: messages.Exit) -> None:
@@ -658,11 +791,21 @@ class Life:
             self.directories.add("/".join(parts[: depth - 1]) or ".")
         self.directories.add(path)
 
-    def _write_result(self, run: HeldRun) -> None:
-        content = json.dumps(run.row(), indent=1) + "\n"
+    def _write_result(self, run: HeldRun, *coming: dict[str, Any]) -> None:
+        """``coming``: gaps that are about to be."""
+        row = run.row()
+        row["gaps"] = [*row["gaps"], *coming]
+        content = json.dumps(row, indent=1) + "\n"
         replace_file(self._directory, f"{run.path}/result.json", content.encode())
         self.files.add(f"{run.path}/result.json")
         self.directories.add(run.path)
+
+
+def _when(started: int, ended: Optional[int], otherwise: int = 0) -> int:
+    """Tells two executions of one run from each other, as a VM set back in time makes them, in few bytes.
+
+    ``otherwise``: in the place of an end that isn't known."""
+    return zlib.crc32(b"%d" % started) << 32 | (otherwise if ended is None else zlib.crc32(b"%d" % ended))
 
 
 def _label(label: tuple[bytes, int]) -> str:

@@ -30,11 +30,12 @@ from vmr_agent.host.journal import (
     find_syncfs,
     lives,
     read_life,
-    rendered_life,
+    rendered,
     vm_segment,
     write_all,
 )
-from vmr_agent.host.life import BadGuest, Diverged, Life, Sync
+from vmr_agent.host.life import BadGuest, Diverged, Life, OverQuota, Sync
+from vmr_agent.host.quota import Quota
 from vmr_agent.runs import Stream
 from vmr_agent.wire import messages
 
@@ -46,18 +47,22 @@ _SYNCFS_SLOW = 1.0
 class LogStore:
     """One VM's. All but :meth:`Sync.sync` belongs to one thread.
 
-    Whatever takes a guest's message may raise BadGuest, Diverged or OSError.
+    Whatever takes a guest's message may raise BadGuest, Diverged, OverQuota or OSError.
     """
 
-    def __init__(self, log_dir: Path, vm: str, *, log: Callable[[str], None]) -> None:
+    def __init__(self, log_dir: Path, vm: str, *, log: Callable[[str], None], limit: int = 0) -> None:
+        """``limit``: the VM's quota in bytes; 0: none."""
         self.log_dir = log_dir
         self.vm = vm
         self.last_hello: Optional[messages.Hello] = None
         """The last one journaled, also of an earlier collector: what time travel is judged by."""
         self._log = log
         self._segment = vm_segment(vm)
+        self.quota = Quota(log_dir, self._segment, limit)
         self._failed: Optional[OSError] = None
-        self._diverged = False
+        self._set_back: Optional[bytes] = None
+        """The spool that contradicted what is held; also after its VM's reboot, until it begins a new life. This is
+        known to this collector only."""
         self._life: Optional[Life] = None
         self._in_flight: Optional[Sync] = None
         self._known = 0
@@ -69,6 +74,9 @@ class LogStore:
             self._root = os.open(log_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._lock = self._take_lock()
             self._life = self._find_life(trust=True)
+            if self._life is not None and limit:
+                number, place = rendered(self._root, self._segment)
+                self._life.reckon(place if number == self._life.number else 0)
         except OSError as error:
             self._release()
             raise Problem(f"cannot write to {log_dir}: {_reason(error)}") from None
@@ -130,9 +138,11 @@ class LogStore:
             self._life = self._in_flight = None
             self._life = self._find_life(trust=False)
             self._failed = None
+        if self.quota.exhausted:
+            raise OverQuota
         with self._writing():
             self._judge(hello)
-            self._diverged = False
+            self._set_back = None
             known = False
             if self._life is None or self._life.spool != hello.spool:
                 known = self._begin_life(hello.spool, host_wall_ns)
@@ -142,6 +152,8 @@ class LogStore:
             return known
 
     def _judge(self, hello: messages.Hello) -> None:
+        if hello.spool == self._set_back:
+            raise Diverged("it has not begun a new life since")
         last = self.last_hello
         if last is None or (last.spool, last.boot) != (hello.spool, hello.boot):
             return
@@ -158,7 +170,7 @@ class LogStore:
             os.close(directory)
             return None
         os.close(begun[0])
-        life = Life(directory, begun[1], begun[2], self._log)
+        life = Life(directory, begun[1], begun[2], self._log, self.quota)
         try:
             if life.recover(trust=trust, known=self._known) and trust:
                 self._settle(life)
@@ -176,7 +188,7 @@ class LogStore:
             self._life = None
         self._known = 0
         found = lives(self._root, self._segment)
-        number = max([rendered_life(self._root, self._segment), *found.values()])
+        number = max([rendered(self._root, self._segment)[0], *found.values()])
         if self._segment in found:
             aside = self._aside(found)
             number = max(number, aside[1])
@@ -186,7 +198,7 @@ class LogStore:
         with contextlib.suppress(FileExistsError):
             os.mkdir(coming, 0o755, dir_fd=self._root)
         directory = os.open(coming, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=self._root)
-        self._life = Life(directory, number + 1, spool, self._log)
+        self._life = Life(directory, number + 1, spool, self._log, self.quota)
         self._life.create(wall_ns)
         os.rename(coming, self._segment, src_dir_fd=self._root, dst_dir_fd=self._root)
         return number > 0
@@ -239,7 +251,7 @@ class LogStore:
             self._failed = error
             raise
         except Diverged:
-            self._diverged = True
+            self._set_back = self.spool or self._set_back
             raise
 
     # --- what the guest says. Once it diverged nothing is believed before its new life: what it still sends
@@ -247,29 +259,29 @@ class LogStore:
 
     def run(self, message: messages.Run) -> messages.Ack:
         """What is durably held of this run."""
-        if self._diverged:
+        if self._set_back is not None:
             raise Diverged("it was set back in time")
         with self._writing():
             return self._current.run(message)
 
     def output(self, message: messages.Output) -> None:
-        if not self._diverged:
+        if self._set_back is None:
             with self._writing():
                 self._current.output(message)
 
     def gap(self, message: messages.Gap) -> None:
-        if not self._diverged:
+        if self._set_back is None:
             with self._writing():
                 self._current.gap(message)
 
     def exit(self, message: messages.Exit) -> None:
-        if not self._diverged:
+        if self._set_back is None:
             with self._writing():
                 self._current.exit(message)
 
     def closed(self, message: messages.Closed) -> Optional[messages.Ack]:
         """The Ack, where all of the run is durable already."""
-        if self._diverged:
+        if self._set_back is not None:
             return None
         with self._writing():
             return self._current.end(message)
@@ -283,6 +295,11 @@ class LogStore:
         """A run's streams whose last byte was no newline, not shown yet, and of which the guest held no more."""
         unfinished = set() if self._life is None or self._failed else self._life.unfinished
         return [int(stream) for stream in Stream if (run, int(stream)) in unfinished]
+
+    @property
+    def spool(self) -> Optional[bytes]:
+        """The id of the spool whose life is the current one."""
+        return None if self._life is None else self._life.spool
 
     def latest(self, vmr: bytes) -> Optional[bytes]:
         """The run of a VMR's latest attempt in this life."""
@@ -319,30 +336,26 @@ class LogStore:
             return self._current.finish_sync(sync)
 
     def sync(self) -> list[messages.Ack]:
-        """All three in one go, for whoever has no loop to keep."""
-        sync = self.begin_sync()
-        if sync is None:
+        """All three in one go, for whoever has no loop to keep; also what a sync in flight was to do."""
+        if self._life is None or self._failed is not None:
             return []
-        sync.sync()
-        return self.finish_sync(sync)
+        return self._sync_now(checkpoint=False)
 
-    def _sync_now(self, *, checkpoint: bool) -> None:
-        """Also what a sync in flight was to do."""
+    def _sync_now(self, *, checkpoint: bool) -> list[messages.Ack]:
         in_flight, self._in_flight = self._in_flight, None
         life = self._current
         if in_flight is not None:
-            life.files |= in_flight.files
-            life.directories |= in_flight.directories
+            with in_flight.busy, self._writing():
+                if in_flight.error is not None:
+                    raise in_flight.error  # as in finish_sync()
+            life.take_back(in_flight)
         if not life.dirty():
-            return
+            return []
         with self._writing():
             sync = life.begin_sync(self._root, checkpoint=checkpoint)
             self._in_flight = sync
             sync.sync()
-        self.finish_sync(sync)
-
-    def rows(self) -> list[dict[str, Any]]:
-        return rows(self.log_dir, self.vm)
+        return self.finish_sync(sync)
 
 
 class Syncer:
@@ -361,11 +374,14 @@ class Syncer:
         for sync in syncs:
             by_device.setdefault(os.fstat(sync.life).st_dev, []).append(sync)
         for group in by_device.values():
-            try:
-                self._syncfs(group[0].life)
-            except OSError as error:
+            with contextlib.ExitStack() as busy:
                 for sync in group:
-                    sync.error = error
+                    busy.enter_context(sync.busy)
+                try:
+                    self._syncfs(group[0].life)
+                except OSError as error:
+                    for sync in group:
+                        sync.error = error
         if time.monotonic() - begun > _SYNCFS_SLOW:
             self._syncfs = None
 
@@ -383,14 +399,23 @@ def rows(log_dir: Path, vm: str) -> list[dict[str, Any]]:
     Reads files alone, so it works with no collector running, and in another thread.
     """
     found = []
-    for directory in (log_dir / vm_segment(vm)).glob("[!.]*/*"):
-        attempts = [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]
-        for attempt in sorted(attempts, reverse=True):
-            row = _read_row(directory / str(attempt))
-            if row is not None:
-                found.append(row)
-                break
+    for start_time in _listed(log_dir / vm_segment(vm)):
+        for directory in () if start_time.name.startswith(".") else _listed(start_time):
+            attempts = [int(entry.name) for entry in _listed(directory) if entry.name.isdecimal()]
+            for attempt in sorted(attempts, reverse=True):
+                row = _read_row(directory / str(attempt))
+                if row is not None:
+                    found.append(row)
+                    break
     return sorted(found, key=row_order)
+
+
+def _listed(directory: Path) -> list[Path]:
+    """What is in it; nothing where it is no directory but somebody's notes, or has another name by now: a new life."""
+    try:
+        return list(directory.iterdir())
+    except OSError:
+        return []
 
 
 def _read_row(directory: Path) -> Optional[dict[str, Any]]:

@@ -144,19 +144,22 @@ class RendererProcess:
     """The collector's end of it."""
 
     def __init__(self, log_dir: Path, vms: Iterable[str]) -> None:
-        self._log_dir = log_dir
+        self._log_dir = log_dir.absolute()
         self._numbers = {vm: number for number, vm in enumerate(vms)}
         self._start()
 
     def _start(self) -> None:
         # Where this package lies is not always on the path of a new interpreter.
-        package = Path(__file__).resolve().parent.parent.parent
-        path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+        package = os.fspath(Path(__file__).resolve().parent.parent.parent)
+        path = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, os.fspath(self._log_dir), *self._numbers],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(each) for each in path)},
+            # With -m the first place that modules come from is the working directory, and whoever can write to ours
+            # would write our code; it also may be what somebody wants to unmount.
+            cwd="/",
         )
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
@@ -165,16 +168,12 @@ class RendererProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def fileno(self) -> int:
-        """Readable when the process has ended: it writes nothing to this pipe, but holds it."""
-        assert self._process.stdout is not None
-        return self._process.stdout.fileno()
-
     def alive(self) -> bool:
         return self._process.poll() is None
 
     def restart(self) -> None:
-        """Begin again where the last note says; for one that has died."""
+        """Begin again where the last note says; for one that has died. OSError where that can't be; until it can,
+        there is none."""
         self._let_go()
         self._process.wait()
         self._start()
@@ -182,9 +181,12 @@ class RendererProcess:
     def wake(self, vms: Iterable[str] = ()) -> None:
         """There are new marks in the journals of these VMs, or of any. Never blocks.
 
-        A full pipe takes nothing more; its reader then looks at every VM, which makes up for what was lost.
+        A full pipe takes nothing more; its reader then looks at every VM, which makes up for what was lost. So does
+        a process that is started where there is none now.
         """
         assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            return
         words = b"".join(b"%d\n" % self._numbers[vm] for vm in vms) or b"\n"
         if len(words) > select.PIPE_BUF:
             words = b"\n"
@@ -201,10 +203,9 @@ class RendererProcess:
         return True
 
     def _let_go(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -23,11 +23,18 @@ VERBS = frozenset(
 
 
 class Relay:
-    """What commands have asked of one VM and it hasn't answered."""
+    """What commands have asked of one VM and it hasn't answered.
 
-    def __init__(self, send: Callable[[messages.Message], bool]) -> None:
-        self._send = send
+    What one command asks at once may lie unread before a VM, what two ask ends its session. So what comes while there
+    is no room is held back here: a command asks no more before it is answered.
+    """
+
+    def __init__(self, send: Callable[[messages.Message], bool], full: Callable[[], bool]) -> None:
+        """``full``: whether a request should wait; :meth:`go_on` is to be called when that has changed."""
+        self._send, self._full = send, full
         self._asked: dict[bytes, Answer] = {}
+        self._held: dict[bytes, messages.Request] = {}
+        """Those of them that are not sent yet, in their order."""
 
     def ask(self, row: Mapping[str, Any], data: bytes, answer: Answer, offline: str) -> None:
         """Pass a request on; ``offline`` says why that can't be when it can't.
@@ -36,10 +43,17 @@ class Relay:
         and ``args``, in which text stands for bytes, by `os.fsdecode`.
         """
         request = _request(row, data)
-        if self._send(request):
-            self._asked[request.request] = answer
-        else:
+        if self._held or self._full():
+            self._held[request.request] = request
+        elif not self._send(request):
             answer({"id": row["id"], "ok": False, "again": True, "error": offline}, b"")
+            return
+        self._asked[request.request] = answer
+
+    def go_on(self) -> None:
+        """There is room again, for some."""
+        while self._held and not self._full():
+            self._send(self._held.pop(next(iter(self._held))))
 
     def take(self, reply: messages.Reply) -> bool:
         """Pass a reply back; False when it answers nothing of this."""
@@ -63,6 +77,7 @@ class Relay:
 
     def ended(self, reason: str) -> None:
         """The session is over: what it hasn't answered is to be asked again."""
+        self._held.clear()
         asked, self._asked = self._asked, {}
         for request, answer in asked.items():
             answer({"id": request.hex(), "ok": False, "again": True, "error": reason}, b"")

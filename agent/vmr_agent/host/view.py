@@ -18,10 +18,9 @@ from urllib.parse import unquote_to_bytes
 
 from vmr_agent.errors import Problem, show
 from vmr_agent.host import logstore
-from vmr_agent.host.firewheel_log import signal_name
 from vmr_agent.host.held import STATES
-from vmr_agent.host.journal import JOURNAL, open_read, read_file, vm_segment
-from vmr_agent.runs import Ending, Stream, run_path
+from vmr_agent.host.journal import JOURNAL, life_of, open_read, read_file, vm_segment
+from vmr_agent.runs import Ending, Stream, run_path, signal_name
 
 COUNTS = (
     *("staged", "waiting", "refused", "running", "blocked", "exited_zero", "exited_nonzero", "killed"),
@@ -64,8 +63,7 @@ def vms(log_dir: Path) -> list[str]:
         names = sorted(path.name for path in log_dir.iterdir() if (path / JOURNAL).exists())
     except OSError as error:
         raise _unreadable(log_dir, error) from None
-    # An earlier life's directory ends in ~ and a number; a ~ of a name's own is written %7E.
-    return [os.fsdecode(unquote_to_bytes(name)) for name in names if not name.rpartition("~")[2].isdigit()]
+    return [os.fsdecode(unquote_to_bytes(name)) for name in names if life_of(name)[0] == name]
 
 
 def near(wanted: str, names: Iterable[str]) -> str:
@@ -92,6 +90,8 @@ def vmrs(log_dir: Path, vm: str, said: Iterable[Mapping[str, Any]] = ()) -> list
         row = rows.setdefault(show(name), _unlogged(name, each))
         if row["attempt"] == each["attempt"] and each["state"] == "blocked" and row["state"] == "running":
             row.update(state="blocked", error=each["reason"] or None)
+        elif row["attempt"] == each["attempt"] and each["state"] == row["state"] == "running":
+            row["error"] = each["reason"] or None  # what it prints is being dropped
     return sorted(rows.values(), key=logstore.row_order)
 
 
@@ -142,6 +142,7 @@ def _unlogged(vmr: bytes, said: Mapping[str, Any]) -> dict[str, Any]:
         "closed": False,
         "complete": False,
         "gaps": [],
+        "missing_bytes": 0,
         "rusage": None,
     }
 
@@ -153,7 +154,7 @@ def attempts(log_dir: Path, vm: str, vmr: bytes) -> list[int]:
     """The attempts of a VMR of which something is held, in order."""
     directory = (log_dir / vm_segment(vm) / run_path(vmr, 1)).parent
     try:
-        return sorted(int(name) for name in os.listdir(directory) if name.isdigit())
+        return sorted(int(name) for name in os.listdir(directory) if name.isdecimal())
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -188,27 +188,23 @@ class VmLogs:
             self.reset()
             return False
         try:
-            note = self._read_note()
+            self._take_note(self._read_note())
         except FileNotFoundError:
             # Logs that were there before stay, whatever happens from now on.
             self.sync_logs()
             self.write_note(sync=True)
             self.commit_note()
-            os.fsync(self._root)  # a log that outlives its first note would be rendered twice
-            return True
-        except ValueError:
-            raise self._bad_note() from None
-        try:
-            self._take_note(note)
         except (ValueError, KeyError, TypeError):
-            raise self._bad_note() from None
+            raise OSError(
+                errno.EINVAL, f"{self._note} is damaged; without it all is rendered once more"
+            ) from None
+        # A log that outlives its first note would be rendered twice. Not only where the note is ours: who made it may
+        # have been killed before this.
+        os.fsync(self._root)
         return True
 
     def _read_note(self) -> Any:
         return json.loads(read_file(self._root, self._note))
-
-    def _bad_note(self) -> OSError:
-        return OSError(errno.EINVAL, f"{self._note} is damaged; without it all is rendered once more")
 
     def _take_note(self, note: Any) -> None:
         self._life = note["life"]
@@ -323,10 +319,13 @@ class VmLogs:
     def _enter_life(self) -> bool:
         """Open the life that the note names, or else the next one there is."""
         life = self._find_life()
-        if life is not None and life.number != self._life:
-            # Perhaps the one we look for was renamed between listing and opening: it has its name by now.
-            life.close()
-            life = self._find_life()
+        while life is not None and life.number != self._life:
+            # Perhaps an earlier one was renamed between listing and opening. Who looks twice and finds the same has
+            # listed its new name.
+            first, life = life, self._find_life()
+            first.close()
+            if life is not None and life.number == first.number:
+                break
         if life is None:
             return False
         self._open = life
@@ -436,9 +435,10 @@ class VmLogs:
             stream = Stream(message.stream)
             line = run.lines[stream]
             self._show_rest(run, stream)
-            self._say(
-                firewheel_log.gap_line(line.ns or run.message.started + self._skew, run.origin, message)
-            )
+            ns = line.ns or run.message.started + self._skew
+            if message.wall is not None:
+                ns = max(ns, message.wall + self._skew)
+            self._say(firewheel_log.gap_line(ns, run.origin, message))
             line.start = line.seen = message.offset + message.length
             line.after_return = line.cut = False
             self._show_exit(run)
