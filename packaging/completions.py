@@ -16,7 +16,7 @@ GENERATED = "Written by packaging/make_docs.py; change packaging/completion/temp
 
 KINDS = {
     **dict.fromkeys(("FILE", "PATH", "PORT", "DESTINATION", "DIRECTORY|PROGRAM", "ARG"), "file"),
-    **dict.fromkeys(("N", "A", "B", "SECONDS", "TIME", "NAME"), "none"),
+    **dict.fromkeys(("N", "A", "B", "SECONDS", "SIZE", "TIME", "NAME"), "none"),
     **dict.fromkeys(("VM=SOCKET", "VM=PATH"), "source"),
     "DIR": "directory",
     "VMR": "vmr",

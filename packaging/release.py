@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-MAINTAINER = "vmr-agent maintainers <maintainers@example.org>"
+MAINTAINER = "vmr-agent maintainers <maintainers@vmr-agent.invalid>"
 ENTRY = re.compile(r"## (\S+) \((\d{4}-\d\d-\d\d)\)")
 
 

@@ -4,8 +4,9 @@
 #   ./install.sh [--root DIR]        install, or upgrade; runs in progress go on
 #   ./install.sh --uninstall [--root DIR]
 #
-# The program goes to /opt/vmr-agent/<version>, its command to /usr/bin, the unit and the udev rule below /etc. With
-# --root nothing is started, and systemd need not be there; without it the agent is enabled and started.
+# The program goes to /opt/vmr-agent/<version>, its command to /usr/bin, the unit and the udev rule below /etc, manual
+# pages and completion to /usr/local/share. With --root nothing is started, and systemd need not be there; without it
+# the agent is enabled and started.
 set -eu
 umask 022
 
@@ -26,6 +27,7 @@ done
 version=$(cat "$here/VERSION")
 place=/opt/vmr-agent
 units=$root/etc/systemd/system
+share=$root/usr/local/share
 
 running() { [ -z "$root" ] && [ -d /run/systemd/system ]; }
 
@@ -43,6 +45,7 @@ if [ -n "$uninstall" ]; then
     rm -f "$units/multi-user.target.wants/vmr-agent.service" "$units/vmr-agent.service" \
         "$root/etc/udev/rules.d/60-vmr-agent.rules" "$root/usr/bin/vmr-agent"
     rm -rf "$root$place"
+    (cd "$here/share" && find . -type f) | while read -r each; do rm -f "$share/$each"; done
     if running; then systemctl daemon-reload; fi
     echo "removed; what was recorded is still in $root/var/lib/vmr-agent"
     exit 0
@@ -66,6 +69,8 @@ ln -s "$place/$version/vmr-agent" "$root/usr/bin/.vmr-agent.new"
 mv "$root/usr/bin/.vmr-agent.new" "$root/usr/bin/vmr-agent"
 cp "$here/vmr-agent.service" "$units/"
 cp "$here/60-vmr-agent.rules" "$root/etc/udev/rules.d/"
+mkdir -p "$share"
+cp -R "$here/share/." "$share/"
 ln -sf ../vmr-agent.service "$units/multi-user.target.wants/vmr-agent.service"
 if running; then
     systemctl daemon-reload

@@ -146,7 +146,12 @@
         full=$head$each
         [[ $full == "$head$cur"* ]] || continue
         each=${full:cut}
-        [[ $quote ]] || printf -v each %q "$each"
+        # Within quotes nothing can be quoted, and a VM gives its VMRs names that a shell would act on.
+        if [[ ! $quote ]]; then
+            printf -v each %q "$each"
+        elif [[ $each == *["$quote\$\`!\\"]* ]]; then
+            continue
+        fi
         COMPREPLY+=("$each")
     done
 }

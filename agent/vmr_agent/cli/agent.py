@@ -135,7 +135,8 @@ Print what a VMR printed, byte for byte.
 
 In the order in which it was captured, stdout to stdout and stderr to stderr. It is
 read from the disk of this VM: no daemon is needed. What the host has may be removed
-here to make room; then the first line says so.
+here to make room; then the first line says so. Output that was dropped for want of
+space is passed over, with a word on a terminal; see overflow in vmr-agent.conf(5).
 """,
         Example("vmr-agent logs -4/compress.py", "both streams"),
         Example("vmr-agent logs -4/compress.py --stream stderr", "one, to stdout"),
@@ -388,7 +389,7 @@ def _reset(args: argparse.Namespace, settings: Settings) -> int:
     try:
         daemon = guest.daemon(settings)
     except Problem:
-        spool = Spool(settings.state_dir)  # refuses while a daemon has it
+        spool = Spool(settings.state_dir, drop=settings.overflow_drop)  # refuses while a daemon has it
         if any(run.locked() for run in spool.open_runs()):
             raise Problem("cannot reset: a run is in progress") from None
         spool.forget()

@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple, NoReturn, Optional
 
+from vmr_agent import sizes
 from vmr_agent.errors import Problem, show
 
 # argparse takes `-4/compress.py` for an option. A token of this form is marked with a character that no argument
@@ -50,6 +51,14 @@ def signal_number(text: str) -> signal.Signals:
         )
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"there is no signal {text!r}") from None
+
+
+def size(text: str) -> int:
+    """argparse's ``type`` for a number of bytes."""
+    try:
+        return sizes.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
 
 class Example(NamedTuple):
@@ -178,18 +187,6 @@ def table(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset())
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def size(count: int) -> str:
-    """A number of bytes for people: 512 B, 1.2 MiB."""
-    if count < 1024:
-        return f"{count} B"
-    value = float(count)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        value /= 1024
-        if value < 1024 or unit == "TiB":
-            break
-    return f"{value:.1f} {unit}"
 
 
 def duration(seconds: Optional[float]) -> str:

@@ -28,8 +28,8 @@ _WATCH = 1.0  # s; how often the collector is asked whether a VM is there
 # --- the collector, and doing without ------------------------------------------------------------------------
 
 
-def collector(args: argparse.Namespace) -> control.Daemon:
-    return control.Daemon(args.control, program="collector", hint="vmr-host collect starts it")
+def collector(args: argparse.Namespace) -> control.Connection:
+    return control.Connection(args.control, program="collector", hint="vmr-host collect starts it")
 
 
 class Seen(NamedTuple):
@@ -83,6 +83,7 @@ def silent(vm: str) -> dict[str, Any]:
         "configured": None,
         "states": {},
         "health": {},
+        "disk": {},
         "dropped": {},
     }
 
@@ -129,7 +130,7 @@ def attempt(seen: Seen, vm: str, vmr: bytes, number: Optional[int]) -> view.Logg
 
 
 class Printer:
-    """Passes a run's bytes on, raw, as they are in the log directory."""
+    """Passes a run's bytes on, raw, as they are in the log directory. Gaps are passed over."""
 
     def __init__(self, run: view.LoggedRun, streams: Sequence[Stream]) -> None:
         self._run = run
@@ -139,8 +140,25 @@ class Printer:
     def pass_on(self) -> None:
         for stream, target in self._targets.items():
             while data := self._run.read(stream, self._offsets[stream], _PIECE):
-                self._offsets[stream] += len(data)
-                output.put(target, data)
+                # Only then: a gap is in the row before there is anything behind its first byte.
+                gap = self._next_gap(stream) if b"\0" in data else None
+                if gap is None or gap["offset"] > self._offsets[stream]:
+                    data = data[: gap["offset"] - self._offsets[stream] if gap else None]
+                    self._offsets[stream] += len(data)
+                    output.put(target, data)
+                    continue
+                end = gap["offset"] + gap["length"]
+                missing = output.gap_remark(
+                    stream, self._offsets[stream], end - self._offsets[stream], view.text(gap["reason"])
+                )
+                remark(missing)
+                self._offsets[stream] = end
+
+    def _next_gap(self, stream: Stream) -> Optional[dict[str, Any]]:
+        """The first gap of a stream that isn't behind us."""
+        gaps = (self._run.row() or {}).get("gaps", [])
+        ahead = (gap for gap in gaps if gap["stream"] == stream.filename)
+        return next((gap for gap in ahead if gap["offset"] + gap["length"] > self._offsets[stream]), None)
 
 
 def follow(
@@ -173,7 +191,7 @@ def follow(
 class Watch:
     """Says when, for a while, nothing can come: the VM is offline, or nobody collects."""
 
-    def __init__(self, collector: control.Daemon, vm: str) -> None:
+    def __init__(self, collector: control.Connection, vm: str) -> None:
         self._collector = collector
         self._vm = vm
         self._due = time.monotonic() + _WATCH

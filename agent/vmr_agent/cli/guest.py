@@ -61,9 +61,9 @@ def directory(vmr: bytes, settings: Settings) -> bytes:
     return os.path.join(os.fsencode(settings.launch_dir), vmr)
 
 
-def daemon(settings: Settings) -> control.Daemon:
+def daemon(settings: Settings) -> control.Connection:
     """The daemon, to be asked. Raises Problem when it can't be."""
-    return control.Daemon(
+    return control.Connection(
         settings.runtime_dir / control.SOCKET,
         program="daemon",
         hint="systemctl start vmr-agent, or vmr-agent run",
@@ -128,9 +128,7 @@ class Printer:
         self._began = {stream: 0 for stream in streams}
         for stream, offset in self._offsets.items():
             if offset:
-                remark(
-                    f"the first {offset:,} bytes of {stream.filename} are only on the host now", always=True
-                )
+                remark(_pruned(stream, 0, offset), always=True)
 
     def pass_on(self, *, last: bool) -> None:
         """Pass on what came; ``last``: also what the index doesn't know, and lines without an end."""
@@ -152,11 +150,27 @@ class Printer:
     def _copy(self, stream: Stream, end: int, wall_ns: int) -> None:
         while self._offsets[stream] < end:
             at = self._offsets[stream]
-            data = self._run.read(stream, at, min(_PIECE, end - at))
+            gap = self._run.gap(stream, at, end)
+            if gap is not None and gap.begin <= at:
+                self._pass_over(stream, min(gap.end, end), gap.reason)
+                continue
+            until = end if gap is None else gap.begin
+            data = self._run.read(stream, at, min(_PIECE, until - at))
+            pruned = self._run.pruned(stream)  # after the reading: it is noted before a byte goes
+            if at < pruned:
+                self._offsets[stream] = pruned
+                remark(_pruned(stream, at, pruned), always=True)
+                continue
             if not data:
                 return  # lost with the power, or with the tail of an index that says too much
             self._offsets[stream] += len(data)
             self._put(stream, data, wall_ns)
+
+    def _pass_over(self, stream: Stream, end: int, why: str) -> None:
+        at, self._offsets[stream] = self._offsets[stream], end
+        if self._lines[stream]:
+            self._put(stream, b"\n", 0)
+        remark(output.gap_remark(stream, at, end - at, f"dropped, for {why}"))
 
     def _put(self, stream: Stream, data: bytes, wall_ns: int) -> None:
         if self._timestamps:
@@ -173,11 +187,16 @@ class Printer:
         output.put(self._targets[stream], data)
 
 
+def _pruned(stream: Stream, begin: int, end: int) -> str:
+    which = f"{end - begin:,} bytes from byte {begin:,} on" if begin else f"the first {end:,} bytes"
+    return f"{which} of {stream.filename} are only on the host now"
+
+
 def follow(
     run: Run,
     printer: Printer,
     *,
-    daemon: Optional[control.Daemon] = None,
+    daemon: Optional[control.Connection] = None,
     until_closed: bool = False,
     enough: Callable[[], bool] = lambda: False,
 ) -> Optional[RunResult]:
@@ -203,7 +222,7 @@ def follow(
     return run.result()
 
 
-def heard(daemon: control.Daemon, timeout: float) -> bool:
+def heard(daemon: control.Connection, timeout: float) -> bool:
     """Wait for the daemon to say something, or not; False: it is gone."""
     readable, _, _ = select.select([daemon], [], [], timeout)
     return not readable or daemon.drain()

@@ -95,7 +95,8 @@ For each VM it connects to the socket of the chardev behind its port, again and 
 until there is one. It stays in the foreground; SIGTERM ends it. What it has not
 acknowledged the VMs keep, and send when a collector runs again.
 
-Time zero is set by vmr-host start, or by itself with --expect.
+Time zero is set by vmr-host start, or by itself with --expect, and only once: each
+experiment takes a collector of its own, in the same log directory if you like.
 """,
         Example("vmr-host collect --log-dir logs Server=/tmp/server.sock", "one VM"),
         Example(
@@ -125,6 +126,14 @@ Time zero is set by vmr-host start, or by itself with --expect.
         default=60.0,
         metavar="SECONDS",
         help="from then to time zero; default: 60",
+    )
+    collect.add_argument(
+        "--quota",
+        type=arguments.size,
+        default="64G",  # 64 times the most that a VM's spool holds by itself: who gets there prints for ever
+        metavar="SIZE",
+        help="disk that one VM's output and logs may take, earlier lives included; a VM over it keeps its output, "
+        "and sends it when there is room. 0: no bound; default: 64G",
     )
     mix = verb(
         "mix",
@@ -276,8 +285,9 @@ follows PROGRAM is an argument of it.
         """\
 Set time zero, for all VMs or one.
 
-Positive times count from it. It is set only once; a VM that is offline or not yet
-configured is told when it is back.
+Positive times count from it. A VM that is offline or not yet configured is told when
+it is back. It is set only once, also for VMs that are launched again: the next
+experiment takes a new collector.
 """,
         Example("vmr-host start", "now, for all VMs"),
         Example("vmr-host start --in 30", "in half a minute"),
@@ -324,7 +334,7 @@ The schedule goes on where it was.
 def _collect(args: argparse.Namespace) -> int:
     import asyncio
 
-    from vmr_agent.host.collector import Collector, Source
+    from vmr_agent.host.collector import MAX_DELAY, Collector, Source
 
     sources = [Source(*_source(each)) for each in args.sources]
     sources += [Source(*_source(each), listen=True) for each in args.listen]
@@ -334,6 +344,14 @@ def _collect(args: argparse.Namespace) -> int:
     for name in names:
         if names.count(name) > 1:
             raise Problem(f"cannot collect from two VMs named {name}")
+    if args.expect is not None and not 1 <= args.expect <= len(names):
+        which = "1" if len(names) == 1 else f"1 to {len(names)}"
+        raise Problem(
+            f"cannot wait for {args.expect} VMs to be configured", hint=f"--expect takes {which} here"
+        )
+    if not 0 <= args.start_buffer <= MAX_DELAY:
+        hint = f"--start-buffer takes 0 to {MAX_DELAY:.0f}"
+        raise Problem(f"cannot start the experiment after {args.start_buffer:g} s", hint=hint)
     _raise_nofile()
 
     async def collect() -> None:
@@ -343,6 +361,7 @@ def _collect(args: argparse.Namespace) -> int:
             control_path=args.control,
             expect=args.expect,
             start_buffer=args.start_buffer,
+            quota=args.quota,
         ).run()
 
     asyncio.run(collect())
@@ -389,6 +408,7 @@ def _vms(args: argparse.Namespace, *, aloud: bool = False) -> list[dict[str, Any
                 "configured": vm["configured"],
                 "vmrs": view.counts(seen.log_dir, vm["vm"], vm["states"]),
                 "health": vm["health"],
+                "disk": vm["disk"],
                 "dropped": vm["dropped"],
             }
         )

@@ -25,6 +25,10 @@ def put(target: int, data: bytes) -> None:
         data = data[os.write(target, data) :]
 
 
+def gap_remark(stream: Stream, offset: int, length: int, reason: str) -> str:
+    return f"{length:,} bytes of {stream.filename} from byte {offset:,} on are missing: {reason}"
+
+
 def follow(
     *,
     over: Callable[[], bool],

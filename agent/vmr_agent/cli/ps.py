@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from vmr_agent import sizes
 from vmr_agent.cli import arguments, guest
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest import processes
@@ -26,10 +27,10 @@ def ps(vmr: bytes, settings: Settings) -> int:
         raise Problem(f"cannot show processes of {show(vmr)}: attempt {run.info.attempt} has none")
     table = [["PID", "STATE", "CPU", "MEMORY", "READ", "WRITTEN", "PIPES", "COMMAND"]]
     for row, depth in _tree(rows):
-        sizes = [arguments.size(count) for count in (row.rss_bytes, row.read_bytes, row.written_bytes)]
+        amounts = [sizes.shown(count) for count in (row.rss_bytes, row.read_bytes, row.written_bytes)]
         holds = "holds" if row.holds_pipe else ""
         command = "  " * depth + show(os.fsencode(row.command))
-        table.append([str(row.pid), row.status, arguments.duration(row.cpu_s), *sizes, holds, command])
+        table.append([str(row.pid), row.status, arguments.duration(row.cpu_s), *amounts, holds, command])
     if rows:
         print(arguments.table(table, right=frozenset({0, 2, 3, 4, 5})))
     if run.result() is not None:

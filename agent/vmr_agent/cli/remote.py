@@ -50,7 +50,7 @@ class Remote:
     """One VM. Raises Problem for what can't be done; OSError never."""
 
     def __init__(
-        self, connect: Callable[[], control.Daemon], vm: str, verb: str, *, waiting: Callable[[str], None]
+        self, connect: Callable[[], control.Connection], vm: str, verb: str, *, waiting: Callable[[str], None]
     ) -> None:
         """``waiting`` is told what is waited for, and with nothing that it came."""
         self.vm = vm

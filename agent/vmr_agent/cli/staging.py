@@ -106,7 +106,9 @@ def _stage_tree(args: argparse.Namespace, top: bytes) -> int:
     vmrs = sorted((each.inside for each in entries if each.inside.count(b"/") == 1), key=sort_key)
     with Progress(f"{len(vmrs)} VMRs") as progress:
         remote = remote_of(args, "stage", progress)
-        _refuse_staged(remote, vmrs)
+        _refuse_staged(
+            remote, vmrs, hint="push replaces its files" if args.at is None else "--name gives another"
+        )
         part = part_name(b"stage", os.urandom(16))
         progress.begin(sum(entry.status.st_size for entry in entries if entry.is_file))
         try:
@@ -156,7 +158,7 @@ def _checked(top: bytes, entries: Sequence[Entry]) -> list[Entry]:
     return found
 
 
-def _refuse_staged(remote: Remote, vmrs: Sequence[bytes]) -> None:
+def _refuse_staged(remote: Remote, vmrs: Sequence[bytes], *, hint: str) -> None:
     there: list[bytes] = []
 
     def look(vmr: bytes) -> Ask:
@@ -169,6 +171,4 @@ def _refuse_staged(remote: Remote, vmrs: Sequence[bytes]) -> None:
     remote.all(look(vmr) for vmr in vmrs)
     if there:
         more = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
-        raise Problem(
-            f"cannot stage {show(there[0])}{more}: {remote.vm} has it already", hint="--name gives another"
-        )
+        raise Problem(f"cannot stage {show(there[0])}{more}: {remote.vm} has it already", hint=hint)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Optional
 
+from vmr_agent import sizes
 from vmr_agent.cli import arguments, guest
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest import keepsakes
@@ -37,9 +38,10 @@ KEYS: Mapping[str, str] = {
     "age_s": "seconds since the start of a run in progress; else null",
     "exit_code": "null: not ended, or ended otherwise",
     "signal": "name of the signal that ended it, as in SIGKILL; else null",
-    "error": "why it is refused, blocked, lost or could not start; else null",
-    "stdout_bytes": "bytes captured so far",
+    "error": "why it is refused, blocked, lost, could not start or has its output dropped; else null",
+    "stdout_bytes": "bytes captured so far, dropped ones included",
     "stderr_bytes": "likewise",
+    "dropped_bytes": "of these, bytes that were dropped for want of space; see overflow in vmr-agent.conf(5)",
     "complete": "true: no more bytes can come",
     "waiting": "why it has not run yet; else null",
     "delivered": "what the host has of it: yes, no, a percentage, so far (it runs on), almost, or empty",
@@ -134,7 +136,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     widths[2] = max(len(state) for state in states if state != _NO_START)
     widths[3] = max(widths[3], max(map(len, states)) - widths[2] - 2)
     found = []
-    for row, reason in zip(cells, [None, *(row["error"] if row["attempt"] else None for row in rows)]):
+    for row, reason in zip(cells, [None, *map(_remark, rows)]):
         padded = [
             cell.rjust(width) if column in _RIGHT and len(row) > 4 else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths))
@@ -155,10 +157,18 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         row["state"],
         str(row["signal"] or ("" if row["exit_code"] is None else row["exit_code"])),
         _span(seconds),
-        arguments.size(row["stdout_bytes"] + row["stderr_bytes"]),
+        sizes.shown(row["stdout_bytes"] + row["stderr_bytes"]),
         "yes" if row["changed"] else "",
         row["waiting"] or row["delivered"],
     ]
+
+
+def _remark(row: Mapping[str, Any]) -> str:
+    """What comes below its line."""
+    if not row["attempt"]:
+        return ""
+    dropped = f"{row['dropped_bytes']:,} bytes dropped" if row["dropped_bytes"] else ""
+    return "; ".join(filter(None, (row["error"], dropped)))
 
 
 def _span(seconds: Optional[float]) -> str:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple
 
+from vmr_agent import sizes
 from vmr_agent.cli import arguments
 from vmr_agent.errors import show
 
@@ -40,6 +41,8 @@ VM_KEYS: Mapping[str, str] = {
     "exited_nonzero, killed, failed_to_start, lost",
     "health": "object, with the last heartbeat: load_1m_milli (thousandths), cpus, memory_total, memory_available, "
     "disk_total, disk_free (bytes); empty: none came",
+    "disk": "object: used (bytes that its output and logs take, near enough), quota (the most; 0: no bound), over "
+    "(whether its output waits in the VM for room); empty: not known",
     "dropped": "object: bytes and frames from it that could not be understood, by kind",
 }
 """What `mix --json` prints of each VM. Keys may be added; none is removed, renamed or given another meaning."""
@@ -57,12 +60,14 @@ VMR_KEYS: Mapping[str, str] = {
     "duration_s": "seconds from start to end; null: not ended",
     "exit_code": "null: not ended, or ended otherwise",
     "signal": "name of the signal that ended it, as in SIGKILL; else null",
-    "error": "why it waits, is refused, blocked, lost or could not start; else null",
-    "stdout_bytes": "bytes in the log directory",
+    "error": "why it is held, refused, blocked, lost, could not start or has its output dropped; else null",
+    "stdout_bytes": "bytes in the log directory, gaps included",
     "stderr_bytes": "likewise",
     "closed": "whether nothing more can come",
     "complete": "whether all of it is here: closed, and without a gap",
-    "gaps": "array of objects: bytes that will never come, with stream, offset, length and reason",
+    "gaps": "array of objects, the first thousand: bytes that will never come, with stream, offset, length, reason and "
+    "the time of the first, or null",
+    "missing_bytes": "bytes in all gaps",
     "rusage": "object: user_s, system_s, max_rss_bytes of the run; null: not ended",
 }
 """What `list --json` prints of each VMR, and `result.json` holds. Keys may be added; none is removed, renamed or
@@ -91,6 +96,8 @@ def mix(vms: Sequence[Mapping[str, Any]]) -> Table:
         notes = [f"{counts[each]} {word}" for each, word in _NOTED.items() if counts[each]]
         if vm["state"] == "offline":
             notes.insert(0, vm["reason"])
+        if vm["disk"].get("over"):
+            notes.insert(0, f"over its quota of {sizes.shown(vm['disk']['quota'])}")
         rows.append(
             [_cell(vm["vm"]), vm["state"], *(str(each or "") for each in numbers), _cell(", ".join(notes))]
         )
@@ -114,7 +121,7 @@ def vmrs(rows: Sequence[Mapping[str, Any]], below: str) -> Table:
                 _cell(row["state"]),
                 _cell(row["signal"] or exit_code),
                 arguments.duration(_seconds(row)),
-                arguments.size(row["stdout_bytes"] + row["stderr_bytes"]) if row["attempt"] else "",
+                sizes.shown(row["stdout_bytes"] + row["stderr_bytes"]) if row["attempt"] else "",
                 _cell(_note(row)),
             ]
         )
@@ -133,9 +140,8 @@ def _seconds(row: Mapping[str, Any]) -> Any:
 def _note(row: Mapping[str, Any]) -> str:
     if row["error"]:
         return str(row["error"])
-    missing = sum(gap["length"] for gap in row["gaps"])
-    if missing:
-        return f"{arguments.size(missing)} missing"
+    if row.get("missing_bytes"):
+        return f"{sizes.shown(row['missing_bytes'])} missing"
     running = not row["attempt"] or row["state"] in ("running", "blocked")
     return "" if running or row["closed"] else "its pipes are still open"
 

@@ -19,10 +19,9 @@ from vmr_agent.cli import arguments, guest
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest import keepsakes
 from vmr_agent.guest.keepsakes import Files
-from vmr_agent.guest.roster import signal_name
 from vmr_agent.guest.settings import Settings
 from vmr_agent.guest.spool import History, Run
-from vmr_agent.runs import Ending, RunResult, Stream
+from vmr_agent.runs import Ending, RunResult, Stream, signal_name
 
 _LOOK_S = 1.0  # how often, when nothing is heard
 _LOOK_AGAIN_S = 0.1  # but no oftener: output can come a thousand times a second
@@ -60,7 +59,7 @@ class _Attempts:
         self._settings = settings
         self._restart = restart
         self._history = History(settings.state_dir)
-        self._daemon: Optional[control.Daemon] = None
+        self._daemon: Optional[control.Connection] = None
         self._seen: Files = {}
         self._looked = 0.0
         self._saved: dict[bytes, None] = {}  # a set that keeps its order

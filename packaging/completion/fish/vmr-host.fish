@@ -24,6 +24,7 @@ function __vmr_host_options
             printf '%s\t%s\n' '--listen*' 'listen for a VM whose side connects'
             printf '%s\t%s\n' '--expect' 'start the experiment by itself when N VMs are configured'
             printf '%s\t%s\n' '--start-buffer' 'from then to time zero; default: 60'
+            printf '%s\t%s\n' '--quota' 'disk that one VM\'s output and logs may take, earlier lives included; a VM over it keeps its output, and sends it when there is room. 0: no bound; default: 64G'
         case mix
             printf '%s\t%s\n' '--help' 'show help and exit'
             printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
@@ -85,6 +86,8 @@ function __vmr_host_values
         case 'collect --expect'
             echo 'none'
         case 'collect --start-buffer'
+            echo 'none'
+        case 'collect --quota'
             echo 'none'
         case 'mix --control'
             echo 'file'
