@@ -78,8 +78,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/run", description=__doc__)
     parser.add_argument("--long", action="store_true", help="the big counts too")
     parser.add_argument("--sim", type=int, metavar="SEED", help="show one simulated history, line by line")
+    parser.add_argument(
+        "--bench",
+        nargs="*",
+        metavar="ROW",
+        help="measure: one table of every row, or of these; see tests/bench",
+    )
+    parser.add_argument(
+        "--vm", nargs="*", metavar="ROW", help="with --bench: in a VM under emulation, next to qemu-ga"
+    )
+    parser.add_argument("--quick", action="store_true", help="with --bench: only whether each row works")
     parser.add_argument("pytest", nargs="*", help="after --: arguments for pytest")
     args = parser.parse_args()
+    if args.bench is not None:
+        vm = [] if args.vm is None else ["--vm", *args.vm]
+        rows = [*args.bench, *vm, *(["--quick"] if args.quick else [])]
+        raise SystemExit(lane("newest", NEWEST, rows, module="tests.bench"))
     if args.sim is not None:
         raise SystemExit(lane("newest", NEWEST, [str(args.sim)], module="tests.sim.run"))
     if args.pytest:

@@ -149,3 +149,17 @@ def test_completion_scripts_are_good_shell(script: Path) -> None:
     shell = script.parent.name
     done = subprocess.run([tool(shell, shell), "-n", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_page_on_reliability_names_tests_that_there_are() -> None:
+    page = (ROOT / "tests" / "faults" / "RELIABILITY.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^ *def (test_\w+)\(", path.read_text(), re.MULTILINE)
+    }
+    assert len(named) > 40
+    assert sorted(named - there) == []
+    for path in re.findall(r"`(tests/[\w/.]+)`", page):
+        assert (ROOT / path).exists(), path

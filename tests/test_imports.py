@@ -19,10 +19,10 @@ PACKAGE = "vmr_agent"
 TOP_LEVEL = {"pyproject.toml", "agent", "packaging", "systemd", "tests", "README.md", "LICENSE"}
 MADE = {"dist", "build", "PKG-INFO"}  # by builds, never committed
 
-PURE = {"schedule", "runs", "errors", "wire.framing", "wire.messages", "wire.session"}
+PURE = {"schedule", "runs", "errors", "sizes", "wire.framing", "wire.messages", "wire.session"}
 PURE_IMPORTS = {
     *("__future__", "collections", "dataclasses", "datetime", "difflib", "enum", "functools", "hashlib"),
-    *("itertools", "math", "re", "string", "struct", "typing", "zlib"),
+    *("itertools", "math", "re", "signal", "string", "struct", "typing", "zlib"),
 }
 CLOCKS = {"now", "today", "utcnow", "time", "monotonic", "sleep", "localtime"}
 IO_CALLS = {"open", "print", "input", "exec", "eval", "__import__"}
@@ -39,6 +39,8 @@ ONLY_IN = {
 IMPORTERS = {
     "guest.shim": {"guest.forkserver"},
     "guest.daemon": {"cli.agent"},
+    "guest.supervisor": {"guest.daemon", "guest.verbs"},
+    "guest.link": {"guest.daemon", "guest.verbs"},
     "host.collector": {"cli.host"},
     "cli": {"cli"},
 }
@@ -51,14 +53,15 @@ KNOWS = {
     "wire": {"errors", "runs", "wire"},
     "control": {"errors", "runs"},
     "contents": set(),
-    "guest": {"errors", "runs", "schedule", "wire", "control", "contents", "guest"},
+    "sizes": set(),
+    "guest": {"errors", "runs", "schedule", "wire", "control", "contents", "sizes", "guest"},
     "guest.shim": set(),
     "guest.forkserver": {"guest.shim"},
-    "host": {"errors", "runs", "schedule", "wire", "control", "host"},
+    "host": {"errors", "runs", "schedule", "wire", "control", "sizes", "host"},
     "host.firewheel_log": {"errors", "runs", "wire.messages"},
-    "cli.arguments": {"errors"},
+    "cli.arguments": {"errors", "sizes"},
     "cli.output": {"runs"},
-    "cli.tables": {"errors", "cli.arguments"},
+    "cli.tables": {"errors", "sizes", "cli.arguments"},
     "cli.collected": {"errors", "runs", "schedule", "control", "host", "cli.output"},
     "cli.progress": set(),
     "cli.remote": {"errors", "control", "cli.collected", "cli.progress"},
@@ -66,8 +69,8 @@ KNOWS = {
     "cli.push": {"contents", "errors", "wire.messages", "cli.progress", "cli.remote"},
     "cli.staging": {"errors", "schedule", "cli.arguments", "cli.progress", "cli.push", "cli.remote"},
     "cli.guest": {"errors", "runs", "schedule", "control", "guest", "cli.output"},
-    "cli.ps": {"errors", "guest", "cli.arguments", "cli.guest"},
-    "cli.status": {"errors", "guest", "cli.arguments", "cli.guest"},
+    "cli.ps": {"errors", "guest", "sizes", "cli.arguments", "cli.guest"},
+    "cli.status": {"errors", "guest", "sizes", "cli.arguments", "cli.guest"},
     "cli.watch": {"errors", "runs", "control", "guest", "cli.arguments", "cli.guest"},
     "cli.diff": {"errors", "guest", "cli.guest"},
     "cli.agent": {"errors", "runs", "schedule", "wire", "control", "guest", "cli"},

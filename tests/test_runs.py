@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 from hypothesis import assume, given
@@ -16,6 +17,8 @@ from vmr_agent.runs import (
     result_from_json,
     result_to_json,
     run_path,
+    signal_name,
+    timestamp,
 )
 
 NAMES = st.one_of(st.binary(max_size=300), st.text(".%~-a/", max_size=300).map(str.encode))
@@ -104,3 +107,32 @@ def test_a_map_that_lacks_a_field_is_no_result(result: RunResult, data: st.DataO
 def test_a_duration_is_never_negative(result: RunResult) -> None:
     assert result.duration_s >= 0
     assert (result.exit_code is not None) == (result.ending is Ending.CODE)
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (signal.SIGTERM, "SIGTERM"),
+        (signal.SIGRTMIN, "SIGRTMIN"),
+        (signal.SIGRTMIN + 6, "SIGRTMIN+6"),
+        (signal.SIGRTMAX, "SIGRTMAX"),
+        (signal.SIGRTMAX + 1, f"signal {signal.SIGRTMAX + 1}"),
+        (0, "signal 0"),
+    ],
+)
+def test_each_signal_has_a_name(number: int, name: str) -> None:
+    assert signal_name(number) == name
+
+
+@pytest.mark.parametrize(
+    ("ns", "text"),
+    [
+        (1_717_634_586 * 10**9 + 5_999, "2024-06-06T00:43:06.000005Z"),
+        (0, "1970-01-01T00:00:00.000000Z"),
+        (-1, "1969-12-31T23:59:59.999999Z"),
+        (-(2**80), "0001-01-01T00:00:00."),
+        (2**80, "9999-12-31T23:59:59."),
+    ],
+)
+def test_a_time_has_six_digits_whatever_a_guest_claims(ns: int, text: str) -> None:
+    assert timestamp(ns).startswith(text) and len(timestamp(ns)) == 27

@@ -142,7 +142,7 @@ def ran(**changes: Any) -> Past:
         script=SCRIPT,
         gone=False,
     )
-    return dataclasses.replace(done, **changes)
+    return done._replace(**changes)
 
 
 RUNNING = ran(running=True, any_running=True)
@@ -171,7 +171,7 @@ CASES: list[Case] = [
     ("a new one runs again",
      [staged(b"-4/a", script=OTHER)], {b"-4/a": ran(gone=True)}, {}, {"start": [b"-4/a"]}),
     ("a new one waits for the run of the one it replaced",
-     [staged(b"-4/a", script=OTHER)], {b"-4/a": dataclasses.replace(RUNNING, gone=True)}, {}, {"start": []}),
+     [staged(b"-4/a", script=OTHER)], {b"-4/a": RUNNING._replace(gone=True)}, {}, {"start": []}),
 
     # What is still arriving
     ("a start time waits for a lower VMR that is settling",
@@ -244,7 +244,7 @@ CASES: list[Case] = [
      {"start": [b"4/a"], "wake": 1001.0}),
     ("positive: however late", [staged(b"4/a")], {}, {"configured": True, "zero": 1.0}, {"start": [b"4/a"]}),
     ("positive: no barrier among them",
-     [staged(b"5/b")], {b"4/a": dataclasses.replace(RUNNING, holds=False)}, {"configured": True, "zero": 1.0},
+     [staged(b"5/b")], {b"4/a": RUNNING._replace(holds=False)}, {"configured": True, "zero": 1.0},
      {"start": [b"5/b"], "holds": False}),
     ("positive: not before the VM is configured",
      [staged(b"4/a")], {b"-4/b": RUNNING}, {"zero": 1.0}, {"start": []}),
@@ -281,25 +281,25 @@ CASES: list[Case] = [
      {"reboot": [], "given_up": [b"-4/a"]}),
     ("only at negative times", [staged(b"4/a")], {b"4/a": ASKS}, {}, {"reboot": [], "given_up": []}),
     ("at most so many times, then its result stands",
-     [staged(b"-4/a"), staged(b"-3/c")], {b"-4/a": dataclasses.replace(ASKS, reboots=3)}, {},
+     [staged(b"-4/a"), staged(b"-3/c")], {b"-4/a": ASKS._replace(reboots=3)}, {},
      {"start": [b"-3/c"], "reboot": [], "given_up": [b"-4/a"]}),
     ("at most so many times, in another boot too",
-     [staged(b"-4/a"), staged(b"-3/c")], {b"-4/a": dataclasses.replace(HAS_REBOOTED, reboots=3)}, {},
+     [staged(b"-4/a"), staged(b"-3/c")], {b"-4/a": HAS_REBOOTED._replace(reboots=3)}, {},
      {"start": [b"-3/c"], "given_up": [b"-4/a"]}),
     ("where no reboot is done, the result stands",
      [staged(b"-4/a"), staged(b"-3/c")], {b"-4/a": ASKS}, {"can_reboot": False},
      {"start": [b"-3/c"], "reboot": [], "given_up": [b"-4/a"]}),
     ("one staged anew has asked for nothing",
-     [staged(b"-4/a", script=OTHER)], {b"-4/a": dataclasses.replace(ASKS, gone=True)}, {},
+     [staged(b"-4/a", script=OTHER)], {b"-4/a": ASKS._replace(gone=True)}, {},
      {"start": [b"-4/a"], "trigger": Trigger.SCHEDULE, "clear_reboot": False, "reboot": []}),
     ("another boot, and a rerun of it is in progress: then after that",
-     [staged(b"-4/a")], {b"-4/a": dataclasses.replace(HAS_REBOOTED, any_running=True)}, {},
+     [staged(b"-4/a")], {b"-4/a": HAS_REBOOTED._replace(any_running=True)}, {},
      {"start": [], "configured": False, "wake": None}),
     ("one staged anew has asked for nothing, even before it is complete",
-     [staged(b"-4/a", Staging.STAGING), staged(b"-3/c")], {b"-4/a": dataclasses.replace(ASKS, gone=True)}, {},
+     [staged(b"-4/a", Staging.STAGING), staged(b"-3/c")], {b"-4/a": ASKS._replace(gone=True)}, {},
      {"start": [b"-3/c"], "reboot": []}),
     ("one that vanished after it asked gets the reboot",
-     [], {b"-4/a": dataclasses.replace(ASKS, gone=True)}, {},
+     [], {b"-4/a": ASKS._replace(gone=True)}, {},
      {"reboot": [b"-4/a"]}),
 
     # schedule = off
@@ -318,7 +318,7 @@ CASES: list[Case] = [
 def test_rule(
     vmrs: list[Vmr], past: dict[bytes, Past], moment: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
-    decision = decide({v.name: v for v in vmrs}, past, dataclasses.replace(NOW, **moment))
+    decision = decide({v.name: v for v in vmrs}, past, NOW._replace(**moment))
     for key, value in wanted.items():
         if key == "start":
             assert [start.vmr for start in decision.start] == value
@@ -336,7 +336,7 @@ WHY: list[tuple[str, list[Vmr], dict[bytes, Past], dict[str, Any]]] = [
     ("waits for -5/drop_file", [staged(b"-4/x"), settling(b"-5/drop_file")], {}, {}),
     ("waits for a reboot", [staged(b"-4/x")], {b"-5/drop_file": ASKS}, {}),
     ("waits for its earlier run to exit",
-     [staged(b"-4/x", script=OTHER)], {b"-4/x": dataclasses.replace(RUNNING, gone=True)}, {}),
+     [staged(b"-4/x", script=OTHER)], {b"-4/x": RUNNING._replace(gone=True)}, {}),
     ("about to start", [staged(b"-4/x")], {b"-4/y": RUNNING}, {}),
     ("about to start", [staged(b"-4/x")], {b"-5/y": RUNNING}, {"configured": True}),
     ("settling", [settling(b"-4/x")], {}, {}),
@@ -354,9 +354,7 @@ WHY: list[tuple[str, list[Vmr], dict[bytes, Past], dict[str, Any]]] = [
 def test_why_a_vmr_is_not_running(
     phrase: str, vmrs: list[Vmr], past: dict[bytes, Past], moment: dict[str, Any]
 ) -> None:
-    assert (
-        explain({v.name: v for v in vmrs}, past, dataclasses.replace(NOW, **moment))[vmrs[0].name] == phrase
-    )
+    assert explain({v.name: v for v in vmrs}, past, NOW._replace(**moment))[vmrs[0].name] == phrase
 
 
 def test_nothing_is_said_of_what_has_run_or_is_refused() -> None:
@@ -430,14 +428,14 @@ class World(RuleBasedStateMachine):
     @rule(data=st.data(), after=st.sampled_from([Staging.READY, Staging.READY, Staging.REFUSED]))
     def settle(self, data: st.DataObject, after: Staging) -> None:
         name = data.draw(st.sampled_from(self.those(Staging.SETTLING)))
-        self.vmrs[name] = dataclasses.replace(self.vmrs[name], staging=after)
+        self.vmrs[name] = self.vmrs[name]._replace(staging=after)
         self.pump()
 
     @precondition(lambda self: self.those(Staging.READY))
     @rule(data=st.data())
     def touch(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.those(Staging.READY)))
-        self.vmrs[name] = dataclasses.replace(self.vmrs[name], staging=Staging.SETTLING, changed=self.clock)
+        self.vmrs[name] = self.vmrs[name]._replace(staging=Staging.SETTLING, changed=self.clock)
         self.pump()
 
     @precondition(lambda self: self.vmrs)
@@ -450,7 +448,7 @@ class World(RuleBasedStateMachine):
         self.gone.add(name)
         self.pump()
         if back == "same":
-            self.vmrs[name] = dataclasses.replace(vmr, changed=self.clock)
+            self.vmrs[name] = vmr._replace(changed=self.clock)
             # Edited since it ran, and then seen gone: nothing tells that from a new one.
             if was_fresh or (name in self.attempts and self.attempts[name][-1].script != vmr.script):
                 self.fresh.add(name)
@@ -554,7 +552,7 @@ class World(RuleBasedStateMachine):
         self.since = self.clock
         for name, vmr in self.vmrs.items():
             committed = None if vmr.committed is None else self.clock
-            self.vmrs[name] = dataclasses.replace(vmr, changed=self.clock, committed=committed)
+            self.vmrs[name] = vmr._replace(changed=self.clock, committed=committed)
 
     # What the daemon does
 
@@ -667,7 +665,7 @@ class World(RuleBasedStateMachine):
         for name in self.those(Staging.STAGING):
             self.commit(name, Staging.READY)
         for name in self.those(Staging.SETTLING):
-            self.vmrs[name] = dataclasses.replace(self.vmrs[name], staging=Staging.READY)
+            self.vmrs[name] = self.vmrs[name]._replace(staging=Staging.READY)
         for _ in range(20 * len(NAMES)):
             self.pump()
             running = list(self.running())

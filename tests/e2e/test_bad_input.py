@@ -455,6 +455,24 @@ def test_vms_whose_names_cannot_be_are_refused_with_the_name(world: World) -> No
     one_line(world.host("collect", "--log-dir", str(world.logs)), "no VM", "VM=SOCKET")
 
 
+def test_a_start_that_could_never_come_is_refused(world: World) -> None:
+    sources = [f"A={world.sockets}/a", f"B={world.sockets}/b"]
+    for options, words in (
+        (["--expect", "0"], ["cannot wait for 0 VMs", "--expect takes 1 to 2 here"]),
+        (["--expect=-1"], ["--expect takes 1 to 2 here"]),
+        (["--expect", "3"], ["--expect takes 1 to 2 here"]),
+        (
+            ["--start-buffer=-1"],
+            ["cannot start the experiment after -1 s", "--start-buffer takes 0 to 1000000000"],
+        ),
+        (["--start-buffer", "nan"], ["after nan s"]),
+        (["--start-buffer", "inf"], ["after inf s"]),
+        (["--start-buffer", "1e10"], ["after 1e+10 s"]),
+    ):
+        one_line(world.host("collect", "--log-dir", str(world.logs), *options, *sources), *words)
+    one_line(world.host("collect", "--log-dir", str(world.logs), "--expect", "2", sources[0]), "takes 1 here")
+
+
 # --- two at once ------------------------------------------------------------------------------------------------
 
 

@@ -503,7 +503,8 @@ def test_another_user_is_told_to_try_as_root(tutorial: World) -> None:
         done = unprivileged.run(
             "sys.exit(main(sys.argv[1:]))",
             *arguments,
-            imports="from vmr_agent.cli.agent import main\nimport vmr_agent.cli.diff, vmr_agent.cli.ps, psutil, locale",
+            imports="from vmr_agent.cli.agent import main\n"
+            "import configparser, locale, psutil, vmr_agent.cli.diff, vmr_agent.cli.ps",
             environment=tutorial.environment,
         )
         assert done.returncode == 1, (arguments, done)

@@ -220,6 +220,8 @@ def test_kill_says_what_it_hit_and_hold_and_start_say_where(running: World) -> N
 
     assert running.host("hold", "Server").stdout == b"held on Server\n"
     assert (running.launch / ".hold").exists()
+    running.stage("-1/later", "true")
+    until(lambda: b"held" in running.host("list", "Server").stdout, "the host knows why it waits")
     done = running.host("resume")
     assert done.returncode == 1 and done.stdout == b"resumed on 1 VM\n"
     assert done.stderr == b"vmr-host: cannot resume Client: it is offline: nobody has connected\n"
@@ -228,11 +230,16 @@ def test_kill_says_what_it_hit_and_hold_and_start_say_where(running: World) -> N
     running.stage("0.1/timed", "true")
     assert running.host("start", "Server").stdout == b"time zero is now on Server\n"
     assert running.complete("0.1/timed")["exit_code"] == 0
-    assert "its time zero is set already" in refused(running, "start", "Server")
+    again = refused(running, "start", "Server")
+    assert (
+        "its time zero is set already" in again
+        and "the next experiment takes a collector of its own" in again
+    )
     done = running.host("start", "--in", "3")
     assert done.stdout.splitlines()[0] == b"time zero is in 3 s on 1 VM"
     assert b"Client is offline" in done.stdout and done.returncode == 0
-    assert "is set already" in refused(running, "start")
+    again = refused(running, "start")
+    assert "is set already" in again and "the next experiment takes a collector of its own" in again
 
 
 # --- mix and list --------------------------------------------------------------------------------------------

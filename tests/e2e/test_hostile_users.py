@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,143 @@ cut -d' ' -f6 /proc/$$/stat; echo $$
     assert {"SigIgn:\t" + 16 * "0", "SigBlk:\t" + 16 * "0", "Umask:\t0022"} <= set(said)
     assert int(next(line for line in said if line.startswith("files ")).split()[1]) <= 1024
     assert said[-1] == said[-2], "it leads a session of its own"
+
+
+RACE = """
+launch, mine, until = sys.argv[1], sys.argv[2], time.time() + float(sys.argv[3])
+libc = ctypes.CDLL(None, use_errno=True)
+tries = done = 0
+vmr = launch + '/-1/a'
+while time.time() < until:
+    for act in (
+        lambda: os.rename(vmr, vmr + '.aside'),
+        lambda: os.rename(mine, launch + '/-1/b'),
+        lambda: os.symlink(mine, launch + '/-1/c'),
+        lambda: os.replace(mine + '/call_arguments.sh', vmr + '/call_arguments.sh'),
+        lambda: os.link(mine + '/call_arguments.sh', vmr + '/other'),
+        lambda: os.rename(launch + '/-1', launch + '/-2'),
+        lambda: os.rename(launch, launch + '.aside'),
+        lambda: os.symlink(mine, launch + '.new'),
+        lambda: os.rmdir(launch + '/-1'),
+        lambda: open(vmr + '/call_arguments.sh', 'r+'),
+        lambda: os.chmod(vmr, 0o777),
+        lambda: os.mkdir(launch + '/-7'),
+        lambda: libc.renameat2(-100, vmr.encode(), -100, mine.encode(), 2) and exec('raise OSError'),
+    ):
+        tries += 1
+        try:
+            act()
+        except OSError:
+            continue
+        done += 1
+print(tries, done)
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("sticky", [False, True], ids=["own", "in a sticky directory"])
+def test_nobody_else_can_put_his_script_where_one_is_about_to_run(open_world: World, sticky: bool) -> None:
+    """Between the look at a directory and the exec of its script nothing on the way can be swapped but by root."""
+    world = open_world
+    if sticky:
+        way = world.path / "way"
+        way.mkdir()
+        way.chmod(0o1777)
+        world.launch = way / "launch"
+        world.launch.mkdir()
+    mine = Path(tempfile.mkdtemp(prefix="vmr-"))
+    (mine / "call_arguments.sh").write_text("#!/bin/sh\necho must not run\n")
+    (mine / "call_arguments.sh").chmod(0o755)
+    os.chown(mine, NOBODY, NOBODY)
+    world.stage("-1/a", "echo fine")
+    world.start_daemon()
+    exited(world, "-1/a")
+    results: list[Any] = []
+    arguments = (str(world.launch), str(mine), "4")
+    thread = threading.Thread(
+        target=lambda: results.append(unprivileged.run(RACE, *arguments, imports="import ctypes, time"))
+    )
+    thread.start()
+    attempts = 1
+    while thread.is_alive():
+        done = world.agent("rerun", "-1/a")
+        attempts += 1
+        assert (done.returncode, done.stdout) == (0, b"fine\n"), done.stderr
+    thread.join()
+    shutil.rmtree(mine)
+    tries, succeeded = map(int, results[0].stdout.split())
+    # In a sticky directory he may make what is his own; it is no part of the way.
+    assert tries > 1_000 and succeeded <= (1 if sticky else 0), results
+    assert attempts > 2 and world.row("-1/a")["attempt"] == attempts
+    assert "must not run" not in world.daemon_log()
+    assert set(world.status()) == {"-1/a"}
+
+
+HOLD = """
+script = open(sys.argv[1], 'r+')
+print('open', flush=True)
+sys.stdin.readline()
+"""
+
+
+@needs_root
+def test_a_script_that_another_user_holds_open_for_writing_does_not_run(open_world: World) -> None:
+    """qemu-ga makes files that all may write. Who opened one before it was mended can write into it still."""
+    world = open_world
+    directory = world.stage("-1/a", "echo fine", commit=False)
+    script = directory / "call_arguments.sh"
+    with unprivileged.start(HOLD, str(script)) as holder:
+        assert holder.stdout is not None and holder.stdin is not None
+        assert holder.stdout.readline() == b"open\n"
+        world.start_daemon()
+        script.chmod(0o777)
+        until(lambda: script.stat().st_mode & 0o777 == 0o755, "it is mended")
+        until(lambda: world.row("-1/a").get("attempt") == 1, "it is about to run")
+        assert world.row("-1/a")["state"] != "exited"
+        holder.stdin.write(b"\n")
+        holder.stdin.close()
+        holder.wait()
+    until(lambda: world.row("-1/a").get("state") in ("exited", "failed to start"), "it is over")
+    assert world.agent("logs", "-1/a").stdout in (b"fine\n", b"")
+
+
+@needs_root
+def test_what_belongs_to_root_tells_another_user_nothing(open_world: World) -> None:
+    """Neither the processes' environment and descriptors, nor their memory; and he can signal none."""
+    world = open_world
+    world.stage("-1/a", "sleep 60")
+    daemon = world.start_daemon()
+    until(lambda: world.row("-1/a").get("pid"), "it runs")
+    pids = [daemon.pid, int(world.row("-1/a")["pid"])]
+    children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
+    for pid in [*pids, *map(int, children)]:
+        for code in (
+            f"print(os.listdir('/proc/{pid}/fd'))",
+            f"print(open('/proc/{pid}/environ').read())",
+            f"os.kill({pid}, 15)",
+            f"open('/proc/{pid}/mem', 'r+b')",
+        ):
+            done = unprivileged.run(code)
+            assert b"PermissionError" in done.stderr and not done.stdout, (pid, code, done)
+    assert world.row("-1/a")["state"] == "running"
+    world.agent("kill", "-1/a")
+
+
+def test_a_script_started_by_hand_and_its_background_children_have_three_descriptors(world: World) -> None:
+    """As those of the schedule; and nobody in its tree gets the port, the spool or the sockets."""
+    world.stage("-1/a", "ls -l /proc/self/fd; (ls -l /proc/self/fd) & wait; sh -c 'ls -l /proc/$$/fd'")
+    world.start_collector()
+    world.start_daemon()
+    exited(world, "-1/a")
+    for said in (world.agent("logs", "-1/a").stdout, world.agent("rerun", "-1/a").stdout):
+        targets = [line.rpartition(" -> ")[2] for line in said.decode().splitlines() if " -> " in line]
+        own = [
+            target
+            for target in targets
+            if target.startswith("/proc/") or target.endswith("call_arguments.sh")
+        ]
+        assert len(targets) >= 9 and {target.split(":")[0] for target in targets if target not in own} <= {
+            "/dev/null",
+            "pipe",
+        }, targets
+        assert str(world.spool).encode() not in said and b"socket" not in said

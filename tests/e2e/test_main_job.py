@@ -40,6 +40,7 @@ def test_the_tutorials_story(world: World) -> None:
     assert b"NameError: name 'os' is not defined" in world.raw("-4/compress.py", "stderr")
     assert world.complete("-2/cat")["exit_code"] == 1
     assert world.complete("1/late")["exit_code"] == 0
+    assert "1 VM is configured: the experiment starts in 0 s" in world.collector_log()
 
     (where / "compress.py").write_text(program.replace("import tarfile", "import os\nimport tarfile"))
     for vmr in ("-4/compress.py", "-3/tar"):

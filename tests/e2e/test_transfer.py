@@ -391,7 +391,7 @@ def test_what_would_not_run_is_not_staged(up: World, room: Path) -> None:
     program.touch()
     for number, (vmrs, spoil, words) in enumerate(
         (
-            (["-4/a", "5/true"], None, "5/true: Server has it already"),
+            (["-4/a", "5/true"], None, "5/true: Server has it already (push replaces its files)"),
             (["-4/a", "04/b"], None, "no start time"),
             (["-4/a"], lambda top: (top / "file").touch(), "no start time"),
             (["-4/a"], lambda top: (top / "-4" / "file").touch(), "no VMR's directory"),
@@ -413,7 +413,7 @@ def test_what_would_not_run_is_not_staged(up: World, room: Path) -> None:
         (["--at", "soon", "true"], "no start time"),
         (["--at", "-4", "--name", "a/b", "true"], "--name"),
         (["--at", "-4", program], "call_arguments.sh"),
-        (["--at", "5", "true"], "5/true: Server has it already"),
+        (["--at", "5", "true"], "5/true: Server has it already (--name gives another)"),
         ([room, "more"], "without --at"),
     ):
         assert words in refused(up, "stage", "Server", *arguments)

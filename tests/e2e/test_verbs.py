@@ -12,6 +12,7 @@ import time
 import pytest
 
 from tests.e2e.world import World, until
+from vmr_agent import control
 
 
 @pytest.fixture
@@ -49,6 +50,26 @@ def test_every_spelling_names_the_same_vmr(running: World) -> None:
 def test_rerun_returns_at_the_exit_and_the_next_one_is_accepted_at_once(running: World) -> None:
     for _ in range(5):
         assert running.agent("rerun", "-4/compress.py").returncode == 3
+
+
+def test_a_rerun_finds_out_by_itself_that_the_run_before_has_ended(world: World) -> None:
+    """The shim's word of it may be lost, or not have been read yet."""
+    directory = world.stage("-1/waits", "read -r word <fifo", commit=False)
+    os.mkfifo(directory / "fifo")
+    (directory / "call_arguments.sh").chmod(0o777)
+    daemon = world.start_daemon()
+    until(lambda: world.row("-1/waits").get("state") == "running", "it runs")
+    with control.Connection(world.runtime / control.SOCKET, program="daemon", hint="") as asked:
+        asked.ask("status")
+        daemon.send_signal(signal.SIGSTOP)
+        (world.runtime / "kick").unlink()
+        (directory / "fifo").write_bytes(b"go\n")
+        until(lambda: (world.spool / "runs/-1/waits/1/exit.json").exists(), "it has ended")
+        asked.say({"verb": "rerun", "vmr": "-1/waits"})
+        daemon.send_signal(signal.SIGCONT)
+        answer, _ = asked.hear()
+    assert answer["attempt"] == 2, answer
+    assert daemon.poll() is None
 
 
 def test_a_signal_is_128_and_its_number(world: World) -> None:

@@ -43,6 +43,16 @@ def run(
     )
 
 
+def start(code: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start Python as the user nobody."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _DROP.format(imports="", code=code), *arguments],
+        cwd="/",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
 def verb(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
     """One of the two commands as the user nobody; ``module`` is ``agent`` or ``host``."""
     return run(

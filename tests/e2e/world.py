@@ -147,7 +147,7 @@ class World:
 
     def ask(self, verb: str, **args: Any) -> dict[str, Any]:
         """Ask the daemon as a verb does, but without a process of its own."""
-        with control.Daemon(self.runtime / control.SOCKET, program="daemon", hint="") as daemon:
+        with control.Connection(self.runtime / control.SOCKET, program="daemon", hint="") as daemon:
             return daemon.ask(verb, **args)
 
     def row(self, vmr: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class World:
         for started in self.spool.glob("runs/*/*/*/started"):
             try:
                 row = json.loads(started.read_bytes())
-                os.killpg(int(row["pid"]), signal.SIGKILL)
+                os.killpg(int(row["process"]["pid"]), signal.SIGKILL)
             except (OSError, ValueError, KeyError):
                 continue
 
@@ -231,7 +231,10 @@ class World:
 
     def rows(self) -> list[dict[str, Any]]:
         path = self.logs / "Server.json"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        return [
+            json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()
+        ]  # the last may be half written
 
     def daemon_log(self) -> str:
         return (self.path / "daemon.log").read_text()

@@ -14,7 +14,7 @@ from vmr_agent.runs import RunResult, RunState, Stream, Trigger
 
 VMR = b"-4/a.sh"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def eventually(condition: Callable[[], object], what: str = "it", *, within: float = PATIENCE_S) -> None:

@@ -57,13 +57,27 @@ def test_a_guest_that_is_well_but_has_no_daemon(settings: Settings) -> None:
     assert wrong(settings) == []
     findings = list(doctor.examine(settings))
     (daemon,) = [each for each in findings if each.subject == "daemon"]
-    assert "nobody answers" in daemon.text and daemon.remedy
+    assert "it isn't running" in daemon.text and daemon.remedy
     subjects = {"libraries", "unit", "daemon", "port", "launch directory", "events", "spool", "clock"}
     assert {each.subject for each in findings} == subjects
 
 
+def test_a_daemon_that_hangs_is_named_and_the_rest_looked_at(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_PATIENCE_S", 0.2)
+    settings.runtime_dir.mkdir(exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as hangs:
+        hangs.bind(str(settings.runtime_dir / "control"))
+        hangs.listen()
+        findings = list(doctor.examine(settings))
+    (daemon,) = [each for each in findings if each.subject == "daemon"]
+    assert "it doesn't answer" in daemon.text and daemon.remedy
+    assert {each.subject for each in findings} >= {"daemon", "port", "spool"}
+
+
 def test_a_missing_port_names_those_there_are(settings: Settings) -> None:
-    (found,) = wrong(Settings(**{**vars(settings), "port": "org.example.none"}))
+    (found,) = wrong(settings._replace(port="org.example.none"))
     assert found.subject == "port" and "the VM's ports: " in found.text
     assert "virtserialport named org.example.none" in found.remedy
     Path(settings.port[len("unix:") :]).unlink()
@@ -101,9 +115,15 @@ def test_a_spool_that_is_full_or_open_to_others(settings: Settings) -> None:
 
 def test_it_changes_nothing(settings: Settings) -> None:
     directory = stage(settings, "-4/x")
-    before = (directory.stat().st_ctime_ns, sorted(os.listdir(settings.state_dir)))
+    script = directory / "call_arguments.sh"
+    script.chmod(0o777)  # a daemon would mend it
+
+    def all_there_is() -> tuple[int, int, list[str]]:
+        return script.stat().st_mode, directory.stat().st_ctime_ns, sorted(os.listdir(settings.state_dir))
+
+    before = all_there_is()
     list(doctor.examine(settings))
-    assert before == (directory.stat().st_ctime_ns, sorted(os.listdir(settings.state_dir)))
+    assert before == all_there_is()
 
 
 def test_the_lower_bounds_are_the_declared_ones() -> None:

@@ -26,6 +26,7 @@ class Asking:
     def reply(self, verb: str, request: bytes = b"", **args: Any) -> Reply:
         asked = Request(request or os.urandom(16), verb, args)
         reply = self.files.read(asked) if verb == "read" else self.files.do(asked)
+        self.files.go()
         while reply is None:
             assert select.select([self.files], [], [], 20.0)[0], f"{verb} is never answered"
             reply = next((each for each in self.files.take() if each.request == asked.request), None)

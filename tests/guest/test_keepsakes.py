@@ -201,3 +201,31 @@ def test_files_that_can_not_be_read_do_not_keep_others_from_being_kept(
     monkeypatch.setattr(keepsakes, "now", lambda _: present)
     run = vmr.keep(1)
     assert [bool(file.kept) for _, file in sorted(snapshot(run).files.items())] == [False, True]
+
+
+def test_what_is_too_long_to_be_kept_is_not_read(vmr: Vmr) -> None:
+    """A script that touches its 300 MiB of data had the daemon read all of it."""
+    data = vmr.write("data", b"x" * 5_000)
+    before = snapshot(vmr.keep(1, each=1_000))
+    os.utime(data)
+    present = vmr.now()
+    opened: list[bytes] = []
+
+    def watched(path: bytes) -> int:
+        opened.append(path)
+        return os.open(vmr.path / os.fsdecode(path), os.O_RDONLY)
+
+    assert differing(before, Snapshot(present.files, watched)) == [b"data"]
+    assert opened == []
+
+
+def test_where_not_all_files_were_looked_at_a_missing_one_means_nothing(
+    vmr: Vmr, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keepsakes, "MAX_SURVEYED", 10)
+    for number in range(15):
+        vmr.write(f"f{number}")
+    before = snapshot(vmr.keep(1))
+    for number in range(15, 40):
+        vmr.write(f"f{number}")
+    assert edited(before, vmr.now()) == []

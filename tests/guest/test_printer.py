@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.guest.rig import Rig
 from vmr_agent.cli.guest import Printer
-from vmr_agent.guest.spool import RECORD, Run
+from vmr_agent.guest.spool import RECORD, Lengths, Run
 from vmr_agent.runs import Stream
 
 SCRIPT = "#!/bin/sh\nfor i in 1 2 3; do echo out $i; sleep 0.03; echo err $i >&2; sleep 0.03; done\n"
@@ -54,6 +55,46 @@ def test_what_no_index_knows_is_passed_on_all_the_same(rig: Rig, tmp_path: Path)
     assert sorted(shown(run, tmp_path / "shown").splitlines()) == sorted(BOTH.splitlines())
     (run.path / "index").unlink()
     assert sorted(shown(run, tmp_path / "shown").splitlines()) == sorted(BOTH.splitlines())
+
+
+def test_what_was_dropped_is_passed_over(rig: Rig, tmp_path: Path) -> None:
+    """No zero of the hole is passed on, and off a terminal no word."""
+    run = rig.run(SCRIPT)
+    stdout = (run.path / "stdout").read_bytes()
+    (run.path / "stdout").write_bytes(stdout[:8] + bytes(1_000_000) + stdout[8:])
+    (run.path / "gaps").write_bytes(struct.pack("<QQQBBB5x", 8, 1_000_000, 1, 1, 2, 1))
+    index = list(RECORD.iter_unpack((run.path / "index").read_bytes()))
+    assert index[2][0] == 6 and index[2][3] == Stream.STDOUT
+    moved = [(at + 1_000_000 * (number == 1), ns, size, number) for at, ns, size, number in index[3:]]
+    cut = [(6, index[2][1], 2, 1), (1_000_008, index[2][1], 4, 1)]
+    (run.path / "index").write_bytes(b"".join(RECORD.pack(*record) for record in (*index[:2], *cut, *moved)))
+    assert shown(run, tmp_path / "shown") == BOTH
+    lines = shown(run, tmp_path / "shown", timestamps=True).splitlines()
+    texts = sorted(line.split(b" ", 2)[2] for line in lines)
+    assert texts == sorted([b"out 1", b"ou", b"t 2", b"out 3", b"err 1", b"err 2", b"err 3"])
+
+
+def test_what_goes_while_it_is_being_passed_on_is_not_passed_on_as_zeros(
+    rig: Rig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever reads slowly, in a pager, may come behind what the host has and the spool gives up."""
+    data = os.urandom(300_000)
+    (rig.base / "data").write_bytes(data)
+    run = rig.run(f"#!/bin/sh\ncat {rig.base}/data\n")
+    printer = Printer(run, list(Stream))
+    run.prune(Lengths(len(data), 0), whole=False)
+    pruned = run.pruned(Stream.STDOUT)
+    assert pruned > 0
+    saved = os.dup(1)
+    with (tmp_path / "shown").open("wb") as file:
+        try:
+            os.dup2(file.fileno(), 1)
+            printer.pass_on(last=True)
+        finally:
+            os.dup2(saved, 1)
+            os.close(saved)
+    assert (tmp_path / "shown").read_bytes() == data[pruned:]
+    assert f"the first {pruned:,} bytes of stdout are only on the host now" in capfd.readouterr().err
 
 
 def test_an_index_that_says_more_than_there_is(rig: Rig, tmp_path: Path) -> None:

@@ -198,6 +198,23 @@ def test_an_exit_record_whose_prepared_file_was_cleaned_away_is_written_all_the_
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system: needs root")
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_shim_killed_while_it_waits_for_space_leaves_no_note_of_it(rig: Rig, ended: bool) -> None:
+    (rig.state / "full").touch()
+    child = "yes &" if ended else "exec yes"
+    rig.stage(f"#!/bin/sh\necho begun\n{child}\n")
+    run = rig.start()
+    eventually(run.blocked)
+    if ended:
+        rig.wait(run, RunState.EXITED)
+        eventually(run.blocked)
+    shim = run.holder()
+    assert shim is not None
+    os.kill(shim, signal.SIGKILL)
+    rig.wait(run, RunState.CLOSED)
+    assert not os.path.lexists(run.path / "blocked")
+
+
 def test_a_run_can_be_lost_on_a_full_disk(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -227,6 +244,45 @@ def test_a_lost_run_is_as_long_as_what_the_host_has_of_it(rig: Rig) -> None:
     rig.runner.judge(run, acked=Lengths(100, 3))
     assert (result(run).stdout, result(run).stderr) == (100, 3)
     assert run.lengths() == (7, 0)
+
+
+def judge_late(rig: Rig, run: Run, monkeypatch: pytest.MonkeyPatch) -> RunState:
+    """Judge a run whose shim began just after its lock was looked at."""
+    asked: list[bool] = []
+    real = Run.locked
+
+    def locked(self: Run) -> bool:
+        asked.append(real(self))
+        return len(asked) > 1 and asked[-1]
+
+    monkeypatch.setattr(Run, "locked", locked)
+    state = rig.runner.judge(run)
+    monkeypatch.undo()
+    assert len(asked) > 1
+    return state
+
+
+def test_a_shim_that_begins_while_its_run_is_judged_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.stage("#!/bin/sh\nexec sleep 60\n")
+    run = rig.start()
+    rig.wait(run, RunState.STARTED)
+    (run.path / "started").rename(run.path / "starting")  # as it is until all of it is durable
+    again = Run.load(run.path)
+    assert again is not None
+    judge_late(rig, again, monkeypatch)
+    assert (run.path / "starting").exists() and not (run.path / "started").exists()
+
+
+def test_one_that_ended_meanwhile_with_its_pipes_open_is_not_closed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.stage("#!/bin/sh\nsleep 60 & exit 3\n")
+    run = rig.start()
+    rig.wait(run, RunState.EXITED)
+    assert judge_late(rig, run, monkeypatch) is RunState.EXITED
+    assert run.closed() is None and result(run).exit_code == 3
 
 
 def kill_both(run: Run) -> None:

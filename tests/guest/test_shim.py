@@ -8,6 +8,7 @@ import os
 import pwd
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.rig import BOOT_ID, VMR, Rig, alive, eventually, everything, result
+from vmr_agent.guest.spool import RECORD, Run
 from vmr_agent.runs import Ending, RunState, Stream, Trigger
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system: needs root")
@@ -86,6 +88,17 @@ def test_the_order_between_the_streams_is_in_the_index(rig: Rig) -> None:
     assert "".join(name for _, name in times) == "oeoeoe"
 
 
+def test_what_is_synced_is_noted_in_the_index(rig: Rig) -> None:
+    run = rig.run("echo out; echo err >&2; sleep 1.5; echo more")
+
+    def notes() -> list[tuple[int, int]]:
+        rows = RECORD.iter_unpack((run.path / "index").read_bytes())
+        return [(out, err) for out, err, length, number in rows if not length and not number]
+
+    eventually(lambda: notes()[-1] == (9, 4))  # the last note is made after the result
+    assert notes() == sorted(notes())
+
+
 def test_the_daemon_is_told_of_start_output_and_end(rig: Rig) -> None:
     rig.stage("#!/bin/sh\nsleep 0.2; echo x; sleep 0.2\n")
     run = rig.start()
@@ -119,6 +132,30 @@ def test_a_death_by_signal_is_a_signal_not_a_code(rig: Rig) -> None:
     run = rig.run("#!/bin/sh\nkill -SEGV $$\n")
     assert (result(run).ending, result(run).value) == (Ending.SIGNAL, 11)
     assert result(run).exit_code is None
+
+
+def test_a_script_killed_before_it_is_let_go_died_of_a_signal(rig: Rig) -> None:
+    """Its process is there from before the syncs, and whatever kills processes may choose this one."""
+    rig.stage("#!/bin/sh\necho never\n")
+    for _ in range(300):  # until a shim is caught while it syncs
+        run = rig.start()
+        eventually(lambda run=run: (run.path / "starting").exists() or run.started(), "it begins")
+        shim = run.holder()
+        if shim is None:
+            continue
+        os.kill(shim, signal.SIGSTOP)
+        children = Path(f"/proc/{shim}/task/{shim}/children").read_text().split()
+        caught = (run.path / "starting").exists() and len(children) == 1
+        if caught:
+            os.kill(int(children[0]), signal.SIGKILL)
+            eventually(lambda pid=int(children[0]): not alive(pid), "it is dead")
+        os.kill(shim, signal.SIGCONT)
+        rig.wait(run, RunState.CLOSED)
+        if caught:
+            break
+    assert caught, "no shim was caught in time"
+    assert (result(run).ending, result(run).value) == (Ending.SIGNAL, signal.SIGKILL)
+    assert everything(run, Stream.STDOUT) == b""
 
 
 def test_a_background_child_delays_closed_but_not_the_exit(rig: Rig) -> None:
@@ -421,5 +458,121 @@ def test_a_run_that_cannot_begin_for_want_of_space_begins_later(tmp_path: Path, 
         ballast.unlink()
         rig.wait(run, RunState.CLOSED)
         assert everything(run, Stream.STDOUT) == b"ran\n"
+    finally:
+        rig.close()
+
+
+# -- overflow = drop --
+
+
+def pattern(size: int) -> bytes:
+    return b"".join(b"%07d\n" % number for number in range(size // 8))
+
+
+def assert_kept_or_dropped(run: Run, stream: Stream, data: bytes) -> int:
+    """Each byte is what was printed, or in a gap; returns how many are in gaps."""
+    spooled = bytearray(everything(run, stream))
+    gaps = run.gaps(stream)
+    for gap, following in zip(gaps, [*gaps[1:], None]):
+        assert gap.begin < gap.end and (following is None or gap.end <= following.begin)
+        assert spooled[gap.begin : gap.end] == bytes(gap.end - gap.begin)
+        spooled[gap.begin : gap.end] = data[gap.begin : gap.end]
+    assert spooled == data
+    return sum(gap.end - gap.begin for gap in gaps)
+
+
+def test_while_the_spool_is_full_output_is_dropped_and_counted_to_the_byte(rig: Rig) -> None:
+    for name in ("drop", "full"):
+        (rig.state / name).touch()
+    (rig.base / "data").write_bytes(pattern(4 << 20))
+    rig.stage(
+        f"#!/bin/sh\ncat {rig.base}/data; echo a >&2; touch {rig.base}/printed\n"
+        f"while [ ! -e {rig.base}/go ]; do sleep 0.02; done; echo end\n"
+    )
+    run = rig.start()
+    eventually((rig.base / "printed").exists, "the script, which waits for nobody,")
+    eventually(lambda: run.lengths() == (4 << 20, 2))
+    assert "limit" in run.dropping() and run.blocked() == ""
+    assert run.gap(Stream.STDOUT, 0, 4 << 20).growing  # type: ignore[union-attr]
+    (rig.state / "full").unlink()
+    eventually(lambda: not run.dropping(), "the end of the dropping")
+    (rig.base / "go").touch()
+    rig.wait(run, RunState.CLOSED)
+    data = pattern(4 << 20) + b"end\n"
+    assert run.closed() == (len(data), 2)
+    (gap,) = run.gaps(Stream.STDOUT)
+    assert assert_kept_or_dropped(run, Stream.STDOUT, data) == gap.end - gap.begin == (4 << 20) - gap.begin
+    assert everything(run, Stream.STDOUT).endswith(b"\0end\n")
+    assert assert_kept_or_dropped(run, Stream.STDERR, b"a\n") == 2
+    started = run.started()
+    assert started is not None and result(run).ended_ns > gap.wall_ns > started.wall_ns
+
+
+def test_a_gigabyte_dropped_is_one_gap_and_takes_no_disk(rig: Rig) -> None:
+    for name in ("drop", "full"):
+        (rig.state / name).touch()
+    run = rig.run("#!/bin/sh\nhead -c 1073741824 /dev/zero\n")
+    (gap,) = run.gaps(Stream.STDOUT)
+    first = gap.begin  # what came before the first look at the free space
+    assert (gap.end, run.closed()) == (1 << 30, (1 << 30, 0)) and first <= 2 << 20
+    assert (run.path / "gaps").stat().st_size <= 4096
+    assert run.usage() < first + 100_000
+
+
+def test_a_shim_killed_while_it_drops_leaves_the_exact_count(rig: Rig) -> None:
+    for name in ("drop", "full"):
+        (rig.state / name).touch()
+    rig.stage(f"#!/bin/sh\ncat {rig.base}/data; while [ ! -e {rig.base}/go ]; do sleep 0.02; done\n")
+    (rig.base / "data").write_bytes(pattern(4 << 20))
+    run = rig.start()
+    eventually(lambda: run.lengths().stdout == 4 << 20)
+    holder, started = run.holder(), run.started()
+    assert holder is not None and started is not None
+    os.kill(holder, 9)
+    os.kill(started.pid, 9)
+    rig.wait(run, RunState.CLOSED)
+    assert result(run).ending is Ending.LOST
+    (gap,) = run.gaps(Stream.STDOUT)
+    assert (gap.end, run.closed(), run.dropping()) == (4 << 20, (4 << 20, 0), "")
+    assert assert_kept_or_dropped(run, Stream.STDOUT, pattern(4 << 20)) == gap.end - gap.begin
+    assert run.gap(Stream.STDOUT, 0, 4 << 20) == gap
+
+
+def test_a_daemon_told_otherwise_changes_what_its_shims_do(rig: Rig) -> None:
+    """Blocked, then dropping, then blocked: each byte is in a gap or in its place."""
+    (rig.state / "full").touch()
+    size = 12 << 20
+    (rig.base / "data").write_bytes(pattern(size))
+    rig.stage(
+        f"#!/bin/sh\nhead -c {size // 2} {rig.base}/data; while [ ! -e {rig.base}/go ]; do sleep 0.02; done\n"
+        f"tail -c {size // 2} {rig.base}/data\n"
+    )
+    run = rig.start()
+    eventually(lambda: run.blocked(), "blocking")
+    (rig.state / "drop").touch()
+    eventually(lambda: run.lengths().stdout == size // 2, "dropping")
+    assert run.blocked() == ""
+    (rig.state / "drop").unlink()
+    eventually(lambda: not run.dropping(), "the end of the dropping")
+    (rig.base / "go").touch()
+    eventually(lambda: run.blocked(), "blocking again")
+    (rig.state / "full").unlink()
+    rig.wait(run, RunState.CLOSED)
+    assert 0 < assert_kept_or_dropped(run, Stream.STDOUT, pattern(size)) <= size // 2
+
+
+@root_only
+def test_a_full_file_system_drops_and_goes_on(tmp_path: Path, small_disk: Path) -> None:
+    rig = Rig(tmp_path, state=small_disk / "state")
+    try:
+        (rig.state / "drop").touch()
+        data = pattern(12 << 20)
+        (tmp_path / "data").write_bytes(data)
+        rig.stage(f"#!/bin/sh\ncat {tmp_path}/data; echo end >&2; exit 5\n")
+        run = rig.start()
+        rig.wait(run, RunState.CLOSED)
+        assert (result(run).value, run.closed()) == (5, (len(data), 4))
+        assert assert_kept_or_dropped(run, Stream.STDOUT, data) > 4 << 20
+        assert "nearly full" in run.gaps(Stream.STDOUT)[0].reason
     finally:
         rig.close()

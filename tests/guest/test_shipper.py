@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import struct
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -175,7 +176,9 @@ class Link:
     def take(self, message: messages.Message) -> None:
         if isinstance(message, messages.Run):
             held = self.held.setdefault(message.run, Held(message))
-            assert held.message == message, "a run never changes"
+            known = held.message._replace(ended=held.message.ended or message.ended)
+            assert known == message, "a run never changes, but that it ends"
+            held.message = message
             return
         if isinstance(message, (messages.Vmr, messages.Reply)):
             return
@@ -294,9 +297,11 @@ def test_what_a_script_wrote_is_what_the_host_has(tmp_path: Path) -> None:
 def test_a_live_scripts_bytes_go_as_they_come_and_its_end_comes_last(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     try:
-        os.mkfifo(tmp_path / "fifo")
+        # Two: who opens the first again before its writer has closed it would read its end.
+        for name in ("first", "second"):
+            os.mkfifo(tmp_path / name)
         rig.stage(
-            f"#!/bin/sh\ncd {tmp_path}\necho one\nread x < fifo\necho two\n(read x < fifo; echo three) &\n"
+            f"#!/bin/sh\ncd {tmp_path}\necho one\nread x < first\necho two\n(read x < second; echo three) &\n"
         )
         run = rig.start()
         link = Link(rig.spool)
@@ -309,10 +314,10 @@ def test_a_live_scripts_bytes_go_as_they_come_and_its_end_comes_last(tmp_path: P
 
         eventually(lambda: has(b"one\n"))
         assert link.seen(messages.Exit) == []
-        (tmp_path / "fifo").write_bytes(b"\n")
+        (tmp_path / "first").write_bytes(b"\n")
         eventually(lambda: has(b"one\ntwo\n") and link.seen(messages.Exit))
         assert link.seen(messages.Closed) == []
-        (tmp_path / "fifo").write_bytes(b"\n")
+        (tmp_path / "second").write_bytes(b"\n")
         eventually(lambda: has(b"one\ntwo\nthree\n") and link.seen(messages.Closed))
         assert link.seen(messages.Exit)[0].stdout == 8 and link.seen(messages.Closed)[0].stdout == 14
     finally:
@@ -588,6 +593,71 @@ def test_bytes_counted_and_gone_from_the_spool_are_a_gap(
     (gap,) = held.gaps
     assert (gap.stream, gap.offset, gap.length) == (OUT, 30_000, 20_000)
     assert held.data[OUT] == noise(50_000)[:30_000] + bytes(20_000)
+    assert link.released == [run]
+
+
+def drop(run: Run, place: int, stream: Stream, length: int, *, over: bool) -> None:
+    """What a shim does that drops, or goes on with it."""
+    path = run.path / stream.filename
+    if not (run.path / "gaps").exists():
+        (run.path / "gaps").write_bytes(bytes(4096))
+    with (run.path / "gaps").open("r+b") as file:
+        file.seek(32 * place)
+        known = struct.unpack("<QQQBBB5x", file.read(32))
+        offset = known[0] if known[3] else path.stat().st_size
+        os.truncate(path, offset + length)
+        file.seek(32 * place)
+        file.write(struct.pack("<QQQBBB5x", offset, length * over, FIRST_NS + 7, stream, 2 if over else 1, 1))
+
+
+def test_what_is_dropped_is_one_gap_told_when_it_is_over(
+    spool: Spool, make_link: Callable[..., Link]
+) -> None:
+    run = begin(spool)
+    write(run, OUT, b"kept\n")
+    drop(run, 0, OUT, 30_000, over=False)
+    write(run, ERR, b"the other stream goes on\n")
+    link = make_link()
+    link.run_dry()
+    held = link.held[run.info.run]
+    assert (held.data[OUT], held.gaps) == (b"kept\n", []), "no zeros of the hole pass for output"
+    drop(run, 0, OUT, 50_000, over=True)
+    write(run, OUT, b"kept again\n")
+    drop(run, 1, OUT, 1_000, over=True)
+    drop(run, 2, ERR, 9, over=False)
+    end(run)
+    link.shipper.touch(run.info.run)
+    link.deliver()
+    assert held.data[OUT] == b"kept\n" + bytes(50_000) + b"kept again\n" + bytes(1_000)
+    assert held.data[ERR] == b"the other stream goes on\n" + bytes(9)
+    gaps = [(gap.stream, gap.offset, gap.length, gap.wall) for gap in held.gaps]
+    assert sorted(gaps) == [
+        (OUT, 5, 50_000, FIRST_NS + 7),
+        (OUT, 50_016, 1_000, FIRST_NS + 7),
+        (ERR, 25, 9, FIRST_NS + 7),
+    ]
+    assert {gap.reason for gap in held.gaps} == {"dropped in the guest: the spool is over its limit"}
+    assert link.released == [run]
+
+
+@pytest.mark.parametrize("cut", range(0, 60, 7))
+def test_wherever_a_session_ends_a_gap_is_told_once(
+    spool: Spool, make_link: Callable[..., Link], cut: int
+) -> None:
+    """The host stands before, in or behind it: the rest comes, from there."""
+    run = begin(spool)
+    write(run, OUT, b"a" * 20)
+    drop(run, 0, OUT, 20, over=True)
+    write(run, OUT, b"b" * 20)
+    end(run)
+    link = make_link()
+    link.run_dry()
+    link.ack(run.info.run, out=cut, err=0)
+    link.connect()
+    link.deliver()
+    held = link.held[run.info.run]
+    assert held.data[OUT] == b"a" * 20 + bytes(20) + b"b" * 20
+    assert sum(gap.length for gap in held.gaps) == 20 if cut <= 20 or cut >= 40 else 40 - cut
     assert link.released == [run]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from vmr_agent.errors import Problem
 from vmr_agent.guest import spool as spool_module
 from vmr_agent.guest.spool import KEPT_TAIL, RECORD, History, Lengths, Run, Spool, TimeZero
 from vmr_agent.runs import Ending, RunInfo, Stream, Trigger
+from vmr_agent.wire import messages
 
 MIB = 1 << 20
 
@@ -104,6 +106,45 @@ print(child.pid, flush=True)
         os.kill(child, 9)
 
 
+NOBODYS = bytes(300)
+
+
+@pytest.mark.parametrize(
+    ("printed", "synced", "acked", "left"),
+    [
+        (b"line\n", 0, 0, b"line\n"),
+        (b"line\n", 5, 0, b"line\n"),
+        (b"a\0\0", 0, 0, b"a"),  # not synced, so not beyond doubt
+        (b"a\0\0", 3, 0, b"a\0\0"),
+        (b"a\0\0", 0, 2, b"a\0"),
+        (b"\0\0", 2, 0, b"\0\0"),
+        (b"a" * 70_000 + bytes(70_000), 100_000, 0, b"a" * 70_000 + bytes(30_000)),
+        (b"", 0, 0, b""),
+    ],
+)
+def test_what_a_power_cut_makes_of_a_streams_end_is_no_output(
+    spool: Spool, printed: bytes, synced: int, acked: int, left: bytes
+) -> None:
+    """ext4 makes a file's new size durable before its bytes, if another file is synced: NULs are at its end then."""
+    run = create(spool)
+    begin(run)
+    write(run, Stream.STDOUT, printed + NOBODYS, wall_ns=100)
+    with (run.path / "index").open("ab") as index:
+        index.write(RECORD.pack(min(synced, 1), 0, 0, 0) + RECORD.pack(synced, 0, 0, 0) + bytes(RECORD.size))
+    run.cut_unsynced(Lengths(acked, 0))
+    assert run.read(Stream.STDOUT, 0, 200_000) == left
+    assert run.lengths() == Lengths(len(left), 0)
+
+
+def test_bytes_that_an_exit_counts_are_never_cut(spool: Spool) -> None:
+    run = create(spool)
+    begin(run)
+    write(run, Stream.STDERR, b"abc" + NOBODYS)
+    run.write_lost("test", stdout=0, stderr=100)
+    run.cut_unsynced(Lengths(0, 0))
+    assert run.read(Stream.STDERR, 0, 1000) == b"abc" + bytes(97)
+
+
 @pytest.mark.parametrize("where", ["file/state", "file"])
 def test_a_directory_that_cannot_be_used_is_a_problem(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
@@ -187,7 +228,7 @@ def test_forget_leaves_it_as_before_the_first_start(spool: Spool) -> None:
 
 
 def test_what_is_known_of_a_run_is_read_back_as_it_was(spool: Spool) -> None:
-    vmr = b"-4/\xff\n%../caf\xc3\xa9"
+    vmr = b"-4/\xff\n%..caf\xc3\xa9"
     run = spool.create(
         vmr,
         Trigger.RERUN,
@@ -267,6 +308,53 @@ def test_a_link_to_nothing_is_dropped(spool: Spool) -> None:
     again = reopen(spool)
     assert again.open_runs() == []
     assert list((spool.path / "open").iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["../..", "../../outside", "/etc/nowhere/x/1", "x" * 300])
+def test_a_damaged_link_removes_nothing_of_anybodys(spool: Spool, tmp_path: Path, target: str) -> None:
+    (tmp_path / "outside").mkdir()
+    finish(create(spool))
+    (spool.path / "open" / ("ab" * 16)).symlink_to(target)
+    assert len(reopen(spool).open_runs()) == 1
+    assert (tmp_path / "outside").exists() and len(list((spool.path / "open").iterdir())) == 1
+
+
+DAMAGE: list[object] = [
+    *(b"[" * 200_000, b'{"attempt": Infinity', b"null", b"\xff\xfe"),
+    # Good JSON, all of it, that no message can hold.
+    *({"attempt": 1e999}, {"vmr": "-4/../x"}, {"run": "ab"}, {"process": {"pid": "x"}}, {"stdout": -1}),
+    *(
+        {"value": 2**64},
+        {"user_s": float("nan")},
+        {"boot_id": "\ud800"},
+        {"after_attempt": None},
+        {"at_ns": 1e999},
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ["run.json", "started", "exit.json", "closed", "../gone", "files.json"])
+def test_a_record_that_a_failing_disk_damaged_is_none(spool: Spool, name: str) -> None:
+    """The daemon starts, and holds nothing of the run that no message could hold."""
+    run = create(spool)
+    finish(run)
+    (run.path / "closed").write_text('{"stdout": 0, "stderr": 0, "reason": ""}')
+    path = run.path / name
+    whole = path.read_bytes() if path.exists() else b"{}"
+    for damage in DAMAGE:
+        if isinstance(damage, dict):
+            damage = json.dumps({**json.loads(whole), **damage}).encode()
+        assert isinstance(damage, bytes)
+        path.write_bytes(damage)
+        spool = reopen(spool)
+        for found in spool.open_runs():
+            found.recover()
+            for value in (found.started(), found.result(), found.closed(), found.info.attempt):
+                assert not any(wrong in str(value) for wrong in ("inf", "nan", "-1", str(2**64))), value
+        spool.latest(VMR)
+        spool.gone(VMR)
+        spool.edited(VMR, b"/nowhere")
+    spool.close()
 
 
 def test_an_unfinished_run_whose_link_was_lost_gets_it_back(spool: Spool) -> None:
@@ -357,6 +445,7 @@ def test_bytes_the_index_does_not_know_have_the_files_time(spool: Spool) -> None
     write(run, Stream.STDOUT, b"bb")
     os.utime(run.path / "stdout", ns=(7, 7))
     assert run.marks(Stream.STDOUT, 0, 6) == [(4, 100), (2, 7)]
+    run.close_fds()
     (run.path / "index").unlink()
     assert run.marks(Stream.STDOUT, 1, 5) == [(5, 7)]
     (run.path / "index").write_bytes(b"\0" * 24 + RECORD.pack(2, 100, 99, Stream.STDOUT) + b"torn")
@@ -425,6 +514,43 @@ def test_the_tails_of_what_the_host_has_whole_go_too_before_scripts_wait_for_eve
     assert not full and spool.usage() < KEPT_TAIL * 8
 
 
+def test_the_tails_of_runs_under_way_stay_and_count_for_nothing(state: Path) -> None:
+    """The host compares them after time travel; scripts must not wait on their account either."""
+    spool = Spool(state, limit=KEPT_TAIL * 8)
+    runs = fill(spool, 12, KEPT_TAIL * 3)
+    assert spool.enforce({run.info.run: Lengths(0, 0) for run in runs}), "of none of it may be taken"
+    assert {run.pruned(Stream.STDOUT) for run in runs} == {0}
+    acked = {run.info.run: Lengths(KEPT_TAIL * 3 - 5_000, 0) for run in runs}
+    assert not spool.enforce(acked)
+    assert {run.pruned(Stream.STDOUT) for run in runs} <= {0, KEPT_TAIL * 2 - 8_192}
+    assert max(run.pruned(Stream.STDOUT) for run in runs) > 0
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_index_of_a_run_under_way_goes_as_far_as_the_host_has_its_bytes(state: Path, quiet: bool) -> None:
+    """Else a script that says a line now and then for days would wait for ever, with nothing left to prune."""
+    spool = Spool(state, limit=1)
+    run = create(spool)
+    begin(run)
+    (run.path / "stdout").write_bytes(b"x" * 40_000)
+    with (run.path / "index").open("wb") as file:
+        if quiet:
+            (run.path / "stderr").write_bytes(b"once")
+            file.write(RECORD.pack(0, 7, 4, Stream.STDERR))
+        for number in range(40_000):
+            file.write(RECORD.pack(number, 1_000 + number, 1, Stream.STDOUT))
+    before = (run.path / "index").stat().st_blocks
+    acked = 30_000
+    spool.enforce({run.info.run: Lengths(acked, 4 if quiet else 0)})
+    assert (run.path / "index").stat().st_blocks < before // 2
+    spool.close()
+    for at in (acked, acked + 5_000, 39_999):
+        again = Run.load(run.path)
+        assert again is not None and again.marks(Stream.STDOUT, at, 1) == [(1, 1_000 + at)]
+    again = Run.load(run.path)
+    assert again is not None and again.captured(0)[1].offset > 10_000
+
+
 def test_over_the_limit_the_oldest_acked_bytes_go_first(state: Path) -> None:
     spool = Spool(state, limit=3 * MIB)
     runs = fill(spool, 4, MIB)
@@ -447,7 +573,7 @@ def test_bytes_not_acked_are_never_pruned_and_the_spool_is_full_instead(state: P
     acked = {run.info.run: Lengths(MIB, 0)}
     assert spool.enforce(acked)
     assert (state / "full").exists()
-    assert run.pruned(Stream.STDOUT) == MIB
+    assert run.pruned(Stream.STDOUT) == MIB - KEPT_TAIL
     assert other.pruned(Stream.STDOUT) == 0
     assert spool.enforce(acked)
     spool.release(run)
@@ -468,8 +594,25 @@ def test_a_daemon_counts_what_it_found(state: Path, monkeypatch: pytest.MonkeyPa
     for _ in range(10):
         full = again.enforce({run.info.run: Lengths(200_000, 0) for run in again.open_runs()})
     assert not full
-    assert again.usage() == sum(run.usage() for run in again.runs_of(VMR))
+    records = 6 * spool_module._SMALL_FILES  # of the released ones: nothing gives these back
+    assert again.usage() == sum(run.usage() for run in again.runs_of(VMR)) - records
     assert again.usage() <= MIB
+    again.close()
+
+
+def test_history_never_fills_the_spool(state: Path) -> None:
+    """What can't be pruned isn't counted: 50,000 small runs would else make every script wait for good."""
+    spool = Spool(state, limit=MIB // 2)
+    for run in fill(spool, 80, 3000) + fill(spool, 2, 300_000):
+        spool.release(run)
+    for _ in range(5):
+        full = spool.enforce({})
+    assert not full and spool.usage() <= MIB // 2
+    again = reopen(spool, limit=MIB // 2)
+    for _ in range(5):
+        assert not again.enforce({})
+    assert again.usage() == spool.usage()
+    assert sum(run.usage() for run in again.runs_of(VMR)) > MIB // 2
     again.close()
 
 
@@ -480,7 +623,7 @@ def test_where_holes_cannot_be_punched_the_oldest_whole_runs_go(
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(spool_module, "_punch", cannot)
-    spool = Spool(state, limit=2 * MIB)
+    spool = Spool(state, limit=2 * MIB - 2 * KEPT_TAIL)
     old, new = fill(spool, 2, MIB)
     spool.release(old)
     assert not spool.enforce({new.info.run: Lengths(MIB, 0)})
@@ -489,3 +632,233 @@ def test_where_holes_cannot_be_punched_the_oldest_whole_runs_go(
     assert old.result() is not None
     assert new.pruned(Stream.STDOUT) == 0
     spool.close()
+
+
+def test_what_is_pruned_is_a_fact_of_its_own(spool: Spool) -> None:
+    """File systems that make holes of zeros (ZFS does) would have printed zeros pass for pruned."""
+    run = create(spool)
+    write(run, Stream.STDOUT, b"")
+    os.truncate(run.path / "stdout", MIB)  # as if that many zeros had been printed
+    write(run, Stream.STDOUT, b"end")
+    assert run.pruned(Stream.STDOUT) == 0
+    finish(run)
+    spool.release(run)
+    run.prune(Lengths(MIB // 2, 0), whole=False)
+    assert run.pruned(Stream.STDOUT) == MIB // 2 - KEPT_TAIL
+    again = reopen(spool).latest(VMR)
+    assert again is not None and again.pruned(Stream.STDOUT) == MIB // 2 - KEPT_TAIL
+    again.prune(Lengths(MIB // 4, 0), whole=False)
+    assert again.pruned(Stream.STDOUT) == MIB // 2 - KEPT_TAIL, "it never goes back"
+
+
+def test_bytes_are_noted_as_pruned_before_they_go(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create(spool)
+    write(run, Stream.STDOUT, b"x" * MIB)
+
+    def power_cut(path: Path, upto: int) -> None:
+        noted = Run.load(run.path)
+        assert noted is not None and noted.pruned(Stream.STDOUT) == upto == MIB - KEPT_TAIL
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(spool_module, "_punch", power_cut)
+    with pytest.raises(OSError):
+        run.prune(Lengths(MIB, 0), whole=False)
+
+
+def test_where_holes_cannot_be_punched_nothing_is_said_to_be_pruned(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def cannot(path: Path, upto: int) -> None:
+        tried.append(path)
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(spool_module, "_punch", cannot)
+    run = create(spool)
+    write(run, Stream.STDOUT, b"x" * MIB)
+    for _ in range(3):
+        run.prune(Lengths(MIB, 0), whole=False)
+    assert (run.pruned(Stream.STDOUT), len(tried)) == (0, 1)
+
+
+# -- gaps --
+
+
+def note_gap(run: Run, place: int, *fields: int) -> None:
+    """What a shim notes: offset, length, wall ns, stream, 1 grows or 2 over, cause."""
+    path = run.path / "gaps"
+    if not path.exists():
+        path.write_bytes(bytes(4096))
+    with path.open("r+b") as file:
+        file.seek(place * 32)
+        file.write(struct.pack("<QQQBBB5x", *fields))
+
+
+def test_a_directory_that_another_attempt_left_is_not_taken_away(spool: Spool) -> None:
+    """Its records are damaged, so nobody knows it; what it captured is there all the same."""
+    first = create(spool)
+    finish(first)
+    spool.release(first)
+    other = first.path.with_name("2")
+    other.mkdir()
+    (other / "stdout").write_bytes(b"all there is")
+    with pytest.raises(Problem):
+        create(spool)
+    assert (other / "stdout").read_bytes() == b"all there is"
+    assert create(spool).info.attempt == 3
+
+
+def test_the_time_of_a_damaged_gap_can_be_told(spool: Spool) -> None:
+    run = create(spool)
+    begin(run)
+    write(run, Stream.STDOUT, b"a" * 30)
+    note_gap(run, 0, 0, 20, 2**64 - 1, 1, 2, 1)
+    gap = run.gap(Stream.STDOUT, 0, 30)
+    assert gap is not None
+    messages.pack(messages.Gap(run.info.run, 1, 0, 20, "dropped", gap.wall_ns), to=bytes(8), n=0)
+
+
+def test_a_gap_grows_with_the_file_until_it_is_over(spool: Spool) -> None:
+    run = create(spool)
+    begin(run)
+    assert (run.gap(Stream.STDOUT, 0, 100), run.dropping(), run.dropped()) == (None, "", 0)
+    write(run, Stream.STDOUT, b"a" * 10)
+    note_gap(run, 0, 10, 0, 7, 1, 1, 1)
+    os.truncate(run.path / "stdout", 30)
+    gap = run.gap(Stream.STDOUT, 0, 30)
+    assert gap is not None and (gap.begin, gap.growing, gap.wall_ns) == (10, True, 7)
+    assert (run.dropped(), "limit" in run.dropping()) == (20, True)
+    assert run.gap(Stream.STDERR, 0, 30) is None
+    assert run.gap(Stream.STDOUT, 0, 10) is None
+    note_gap(run, 0, 10, 20, 7, 1, 2, 1)
+    write(run, Stream.STDOUT, b"b" * 5)
+    note_gap(run, 1, 35, 0, 9, 1, 1, 2)
+    os.truncate(run.path / "stdout", 50)
+    found = [run.gap(Stream.STDOUT, at, 50) for at in (0, 10, 29, 30, 35, 49)]
+    assert [gap and (gap.begin, gap.growing) for gap in found] == [(10, False)] * 3 + [(35, True)] * 3
+    assert found[0] is not None and found[0].end == 30
+    assert (run.dropped(), "nearly full" in run.dropping()) == (35, True)
+    # The power fails: what was dropped is what the file says, and no more comes.
+    run.write_lost("test", stdout=50, stderr=0)
+    last = run.gap(Stream.STDOUT, 40, 50)
+    assert last is not None and (last.begin, last.end, run.dropping()) == (35, 50, "")
+
+
+def test_many_gaps_of_both_streams_are_found_whenever_they_are_asked_for(spool: Spool) -> None:
+    chance = random.Random(5)
+    run = create(spool)
+    begin(run)
+    lengths = {stream: 0 for stream in Stream}
+    expected: dict[Stream, list[tuple[int, int]]] = {stream: [] for stream in Stream}
+    for place in range(700):  # several blocks
+        stream = chance.choice(list(Stream))
+        if place == 0:
+            stream = Stream.STDERR
+        if stream is Stream.STDERR and place > 300:
+            stream = Stream.STDOUT  # the other's last one is far back
+        offset = lengths[stream] + chance.randrange(1, 9)
+        note_gap(run, place, offset, 0, 1, stream, 1, 1)
+        length = chance.randrange(9)
+        lengths[stream] = offset + length
+        (run.path / stream.filename).touch()
+        os.truncate(run.path / stream.filename, lengths[stream])
+        if chance.random() < 0.5:
+            run.gap(stream, 0, 1)
+        note_gap(run, place, offset, length, 1, stream, 2, 1)
+        if length:
+            expected[stream].append((offset, offset + length))
+    for stream in Stream:
+        assert [(gap.begin, gap.end) for gap in run.gaps(stream)] == expected[stream]
+        for _ in range(300):
+            at = chance.randrange(lengths[stream])
+            gap = run.gap(stream, at, lengths[stream])
+            assert (gap and (gap.begin, gap.end)) == next((g for g in expected[stream] if g[1] > at), None)
+
+
+# -- telling the shims --
+
+
+def test_the_mode_and_the_limit_are_told_again_where_they_could_not_be(state: Path) -> None:
+    """No inode was left, the file system read-only, or somebody tidied up."""
+    Spool(state, drop=True).close()
+    assert (state / "drop").exists()
+    spool = Spool(state, limit=MIB, drop=True)
+    fill(spool, 2, MIB)
+    (state / "drop").unlink()
+    assert spool.enforce({})
+    assert (state / "drop").exists()
+    (state / "full").unlink()
+    assert spool.enforce({})
+    assert (state / "full").exists()
+    spool.close()
+    Spool(state).close()
+    assert not (state / "drop").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounts a file system: needs root")
+    path = tmp_path / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", path], check=True)
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+def fill_disk(disk: Path) -> Path:
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+def test_on_a_disk_that_others_filled_what_the_host_has_goes_before_scripts_wait(small_disk: Path) -> None:
+    """Under its limit as the spool is: it would have been blocked by bytes that nobody needs."""
+    spool = Spool(small_disk / "state", limit=1 << 30)
+    whole, live = fill(spool, 2, 2 * MIB)
+    spool.release(whole)
+    fill_disk(small_disk)
+    assert not spool.enforce({live.info.run: Lengths(MIB, 0)})
+    fs = os.statvfs(small_disk)
+    assert fs.f_bavail > fs.f_blocks // 50
+    assert whole.pruned(Stream.STDOUT) >= MIB
+    assert live.pruned(Stream.STDOUT) == 0
+    spool.close()
+
+
+def test_what_could_not_be_pruned_is_pruned_later(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that was read-only for a while."""
+    runs = fill(spool, 4, MIB)
+    for run in runs:
+        spool.release(run)
+    spool.limit = 2 * MIB
+
+    def read_only(path: Path, upto: int) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_module, "_punch", read_only)
+        for _ in range(3):
+            assert spool.enforce({})
+    for _ in range(3):
+        full = spool.enforce({})
+    assert not full and spool.usage() < 2 * MIB
+
+
+def test_where_no_note_can_be_left_it_is_said_all_the_same(small_disk: Path) -> None:
+    spool = Spool(small_disk / "state")
+    begun, waits = create(spool), create(spool, b"-4/waits")
+    begin(begun)
+    spool.close()
+    assert (begun.blocked(), waits.blocked()) == ("", "")
+    used = os.statvfs(small_disk).f_files - os.statvfs(small_disk).f_ffree
+    subprocess.run(["mount", "-o", f"remount,nr_inodes={used}", small_disk], check=True)
+    assert begun.blocked() == "" and "inode" in waits.blocked()
+    begun.close_fds()
+    subprocess.run(["mount", "-o", "remount,ro,nr_inodes=1000", small_disk], check=True)
+    assert "read-only" in begun.blocked() and "read-only" in waits.blocked()
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert (begun.blocked(), waits.blocked()) == ("", "")

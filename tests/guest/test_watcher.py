@@ -39,12 +39,21 @@ class Scene:
         self.root = root
         self.log: list[str] = []
         self.now = 1000.0
+        self.looks: list[tuple[float, float]] = []
+        """When each scan began and ended: what it saw it saw between the two, however slow the machine."""
         self.watcher = Watcher(root, settle=SETTLE, log=self.log.append, events=False)
         self.watcher.start()
 
     def scan(self, after: float = 0.0, *, full: bool = False) -> None:
         self.now += after
+        began = time.monotonic()
         self.watcher.scan(self.now, full=full)
+        self.looks.append((self.now, self.now + time.monotonic() - began))
+
+    def saw(self, at: Optional[float], look: int = -1) -> bool:
+        """Whether this is the time of a look, of the last one unless said."""
+        begin, end = self.looks[look]
+        return at is not None and begin <= at <= end
 
     def settle(self) -> None:
         """Scan as often as a tree that nobody touches can take."""
@@ -114,7 +123,7 @@ def test_staged_as_firewheel_does_it(scene: Scene) -> None:
     vmr = scene.watcher.vmrs[b"-4/compress.py"]
     info = (directory / "call_arguments.sh").stat()
     assert vmr.script == (info.st_dev, info.st_ino, info.st_ctime_ns)
-    assert vmr.committed == pytest.approx(scene.now - 1.5 * SETTLE, abs=0.4)
+    assert scene.saw(vmr.committed, -3)
 
 
 def test_ready_takes_two_looks(scene: Scene) -> None:
@@ -123,7 +132,7 @@ def test_ready_takes_two_looks(scene: Scene) -> None:
     scene.scan()
     assert scene.staging() is Staging.SETTLING
     due = scene.watcher.next_due()
-    assert due is not None and scene.now < due <= scene.now + SETTLE + 0.4
+    assert due is not None and scene.saw(due - SETTLE)
     scene.now = due
     assert scene.watcher.due(due)
     scene.scan()
@@ -159,7 +168,7 @@ def test_a_change_after_the_x_bit_puts_it_off(scene: Scene, what: str) -> None:
     scene.scan(SETTLE + 0.5)
     assert scene.staging() is Staging.SETTLING
     changed = scene.watcher.vmrs[b"-4/x"].changed
-    assert changed == pytest.approx(scene.now, abs=0.4)
+    assert scene.saw(changed)
     scene.settle()
     assert scene.staging() is Staging.READY
 
@@ -171,13 +180,17 @@ def test_a_tree_written_to_for_ever_is_looked_at_less_and_less_often(scene: Scen
     for size in range(10):
         with (directory / "data").open("ab") as data:
             data.write(b"x" * (size + 1))
-        due = scene.watcher.next_due()
-        assert due is not None
-        waits.append(round(due - scene.now, 1))
-        scene.now = due
-        scene.scan()
-        assert scene.staging() is Staging.SETTLING
-    assert waits == sorted(waits)
+        before = scene.watcher.vmrs[b"-4/x"].changed
+        # Other things fall due too (a directory that is listed once more), and show nothing of the tree.
+        while (changed := scene.watcher.vmrs[b"-4/x"].changed) == before:
+            due = scene.watcher.next_due()
+            assert due is not None
+            scene.now = due
+            scene.scan()
+            assert scene.staging() is Staging.SETTLING
+        waits.append(changed - before)
+    # A look takes time of its own: on a busy machine more than nothing.
+    assert all(later > 0.9 * earlier for earlier, later in zip(waits, waits[1:]))
     assert 10 * SETTLE < waits[-1] < 60 * SETTLE
 
 
@@ -215,10 +228,10 @@ def test_without_x_bit_changes_are_told_all_the_same(scene: Scene) -> None:
     directory = stage(scene.root, mode=0o644)
     scene.scan()
     scene.scan(5)
-    assert scene.watcher.vmrs[b"-4/x"].changed == pytest.approx(1000, abs=0.4)
+    assert scene.saw(scene.watcher.vmrs[b"-4/x"].changed, 0)
     (directory / "data").write_bytes(b"more data")
     scene.scan(5)
-    assert scene.watcher.vmrs[b"-4/x"].changed == pytest.approx(1010, abs=0.4)
+    assert scene.saw(scene.watcher.vmrs[b"-4/x"].changed)
 
 
 # --- ways to stage
@@ -259,6 +272,20 @@ def test_copied_with_rsync_under_hold(scene: Scene, tmp_path: Path) -> None:
     (scene.root / ".hold").unlink()
     scene.scan()
     assert not scene.watcher.held
+
+
+def test_a_launch_directory_that_others_may_change_is_not_looked_at_without_end(scene: Scene) -> None:
+    """What was due when that was seen stayed due, and the daemon's loop never slept."""
+    (scene.root / "-4").mkdir()
+    scene.scan()
+    assert scene.watcher.next_due() is not None
+    scene.root.chmod(0o777)
+    scene.scan(1.0)
+    assert scene.watcher.problem and scene.watcher.next_due() is None
+    scene.root.chmod(0o755)
+    stage(scene.root)
+    scene.settle()
+    assert scene.staging() is Staging.READY
 
 
 def test_hold_may_be_anything(scene: Scene) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,6 +19,7 @@ from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
 
 AGENT = Path(__file__).resolve().parents[2] / "agent"
 LIMIT = 20.0  # s; for whatever must happen
+_BEGAN = time.time_ns()
 
 
 def until(holds: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
@@ -33,10 +34,19 @@ def until(holds: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
 
 
 class Host:
-    """`vmr-host collect` for some VMs that connect to it."""
+    """`vmr-host collect` for some VMs that connect to it, or it to them."""
 
-    def __init__(self, path: Path, *, vms: tuple[str, ...] = ("evil", "good")) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        vms: tuple[str, ...] = ("evil", "good"),
+        environment: Optional[Mapping[str, str]] = None,
+        python: str = sys.executable,
+    ) -> None:
         self.path = path
+        self.python = python
+        self.environment = {"PYTHONPATH": str(AGENT), **(environment or {})}
         self.logs = path / "logs"
         self.sockets = Path(
             tempfile.mkdtemp(prefix="vmr-")
@@ -44,18 +54,25 @@ class Host:
         self.vms = vms
         self.process: Optional[subprocess.Popen[bytes]] = None
 
-    def start(self, *options: str) -> None:
-        sources = [part for vm in self.vms for part in ("--listen", f"{vm}={self.socket(vm)}")]
+    def start(self, *options: str, connect: bool = False) -> None:
+        sources = [
+            part
+            for vm in self.vms
+            for part in ([] if connect else ["--listen"]) + [f"{vm}={self.socket(vm)}"]
+        ]
         command = ["collect", "--log-dir", str(self.logs), "--control", str(self.sockets / "control")]
         with (self.path / "collector.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vmr_agent.cli.host", *command, *sources, *options],
-                env={**os.environ, "PYTHONPATH": str(AGENT)},
+                [self.python, "-m", "vmr_agent.cli.host", *command, *sources, *options],
+                env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        until(lambda: all(self.socket(vm).exists() for vm in self.vms), f"it listens\n{self.said()}")
+        until(lambda: self._listens() or not self.alive(), f"it listens\n{self.said()}")
+
+    def _listens(self) -> bool:
+        return all(self.socket(vm).exists() for vm in self.vms)
 
     def socket(self, vm: str) -> Path:
         return self.sockets / vm
@@ -226,7 +243,7 @@ def run(number: int = 1, vmr: bytes = b"-4/a.sh", **fields: Any) -> messages.Run
         "script": b"/var/launch/" + vmr[:200] + b"/call_arguments.sh",
         "boot": "boot",
         "pid": 1281,
-        "started": time.time_ns(),
+        "started": _BEGAN,  # the same in each session: a run begins once
     }
     return messages.Run(**{**given, **fields})
 
@@ -249,7 +266,7 @@ def exited(number: int = 1, **fields: Any) -> messages.Exit:
         "ending": "code",
         "value": 0,
         "text": "",
-        "started": time.time_ns(),
+        "started": _BEGAN,  # the same in each session: a run begins once
         "ended": time.time_ns(),
         "started_boottime": 10**9,
         "ended_boottime": 2 * 10**9,

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import random
+import resource
+import select
+import signal
+import socket
+import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
 import msgpack
 import pytest
 
-from tests.host.scripted import Ended, Guest, Host, Opened, closed, exited, output, run, until
+from tests.host.scripted import AGENT, Ended, Guest, Host, Opened, closed, exited, output, run, until
+from vmr_agent import control
+from vmr_agent.host import collector
+from vmr_agent.host.chardev import Chardev
+from vmr_agent.host.collector import UNHEARD, Collector, Source
+from vmr_agent.host.starts import Moment, Starts
 from vmr_agent.runs import Ending, RunState
 from vmr_agent.wire import framing, messages
 
@@ -163,6 +177,61 @@ def test_a_second_connection_is_refused_and_disturbs_nothing(host: Host, guest: 
     guest.say(output(b"still here\n"))
     guest.hear(lambda: guest.acks(FIRST)[-1].stdout == 11, "acked")
     assert guest.heard(Ended) == []
+
+
+def test_a_guest_that_hears_us_and_is_not_heard_is_connected_to_anew(tmp_path: Path) -> None:
+    """As QEMU leaves it when its client changes while the VM stands still, with a full ring; but not one that talks,
+    however long it takes to open a session, nor one in a session."""
+    host = Host(tmp_path, vms=("mute", "slow"))
+    listeners = {vm: socket.socket(socket.AF_UNIX) for vm in host.vms}
+    for vm, listener in listeners.items():
+        listener.bind(os.fspath(host.socket(vm)))
+        listener.listen(8)
+        listener.settimeout(60)
+    host.start(connect=True)
+    try:
+        mute, slow = (listeners[vm].accept()[0] for vm in host.vms)
+        mute.settimeout(60)
+        slow.setblocking(False)
+        hello = messages.Hello(id=b"12345678", peer=None, role="guest", protocol=1, version="1", wall=1)
+        ended = False
+        while not ended:  # each Hello of ours is for another peer than there is
+            slow.sendall(framing.encode(messages.pack(hello)))
+            with suppress(BlockingIOError):
+                assert slow.recv(1 << 16), "who talks is listened to"
+            if select.select([mute], [], [], 0.5)[0]:
+                ended = not mute.recv(1 << 16)
+        listeners["mute"].accept()[0].close()
+    finally:
+        host.stop()
+
+
+def test_a_vm_that_says_nothing_is_said_once_however_often_it_is_connected_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def connect() -> None:
+        with socket.socket(socket.AF_UNIX) as listener, tempfile.TemporaryDirectory(prefix="vmr-") as short:
+            listener.bind(f"{short}/vm")
+            listener.listen()
+            listener.setblocking(False)
+            loop = asyncio.get_running_loop()
+            made = Collector(tmp_path, [], control_path=Path(short, "control"))
+            source = Source("mute", Path(short, "vm"))
+            store = made._store("mute")
+            mute = made.guests["mute"] = collector.Guest(source, store, made)
+            mute.start()
+            for _ in range(3):
+                accepted, _ = await asyncio.wait_for(loop.sock_accept(listener), 20)
+                mute.tick(time.monotonic() + UNHEARD - 1)
+                assert not mute.chardev.reason
+                mute.tick(time.monotonic() + UNHEARD + 1)
+                assert mute.chardev.reason
+                accepted.close()
+            mute.chardev.close()
+            store.close()
+
+    asyncio.run(connect())
+    assert capsys.readouterr().err.count("/vm says nothing yet: the VM boots, or runs no vmr-agent") == 1
 
 
 def test_a_line_without_its_end_is_shown_after_a_second_and_not_while_there_is_more(
@@ -567,6 +636,53 @@ def any_message_with_anything_in_it(guest: Guest) -> None:
             return
 
 
+@evil
+def numbers_no_message_can_hold(guest: Guest) -> None:
+    for number in (2**63, 2**64 - 1, -1, 1e300, True):
+        guest.open()
+        begin(guest, started=5)
+        fields = {"run": FIRST, "stream": 1, "offset": number, "more": False, "marks": [[1, 5]], "data": b"x"}
+        guest.send(any_frame(guest, type="output", **fields))
+        guest.send(any_frame(guest, type="gap", run=FIRST, stream=1, offset=0, length=number, reason=""))
+        attempt = {"run": b"r" * 16, "vmr": b"-4/b", "attempt": number, "trigger": "", "request": b""}
+        guest.send(any_frame(guest, type="run", **attempt, script=b"/", boot="", pid=number, started=number))
+        time.sleep(0.05)
+        guest.close()
+    each_alone(guest, [[run(3, vmr=b"-4/c", attempt=HUGE, pid=HUGE), exited(4), closed(3)]])
+
+
+@evil
+def the_largest_frames_without_end(guest: Guest) -> None:
+    guest.open()
+    begin(guest)
+    data, at, deadline = os.urandom(32_000), 0, time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        guest.say(*(output(data, at + number * len(data)) for number in range(30)))
+        at += 30 * len(data)
+        guest.hear(lambda: True)
+        guest.events.clear()
+
+
+@evil
+def tiny_frames_as_fast_as_they_are_taken(guest: Guest) -> None:
+    guest.open()
+    frames = [guest.session.frame(messages.Heartbeat(wall=1)) for _ in range(100_000)]
+    began = time.monotonic()
+    for at in range(0, len(frames), 2_000):
+        guest.send(b"".join(frames[at : at + 2_000]))
+    guest.hello["rate"] = len(frames) / (time.monotonic() - began)
+
+
+@evil
+def claims_to_be_another_vm(guest: Guest) -> None:
+    guest.hello = {**guest.hello, "hostname": b"good", "machine": "good", "spool": b"good".ljust(16)}
+    each_alone(guest, [[run(3, vmr=b"-4/good"), output(b"forged\n", 0, 3)], [run(4, vmr=b"good/stdout")]])
+    guest.open()
+    begin(guest, 2, vmr=b"-4/good.log")
+    guest.say(output(b"forged\n", 0, 2))
+    guest.hear(lambda: guest.acks((2).to_bytes(16, "big"))[-1].stdout == 7)
+
+
 FAKE = "[2024-06-06 00:43:06 GMT INFO] b'forged'"
 
 
@@ -589,6 +705,14 @@ def words_that_forge_lines(guest: Guest) -> None:
     guest.hear(lambda: guest.heard(messages.Request) or guest.gone)
 
 
+CAUGHT = {
+    *(odd_names, runs_that_never_began, offsets_beyond_all_bounds, marks_that_lie, streams_there_are_not),
+    *(ends_there_are_not, hellos_of_another_life_each, a_hundred_thousand_rows, runs_without_end),
+    *(output_that_overlaps_and_contradicts, garbage_that_looks_like_frames, words_that_forge_lines),
+}
+"""What each of these is caught at is said."""
+
+
 @pytest.fixture(scope="module")
 def liars_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """One collector for all liars, each with a VM of its own, and one VM that is good."""
@@ -606,6 +730,7 @@ def test_a_guest_that_lies_hurts_nobody_but_itself(
     good = Guest(host.socket("good"), spool=vm.encode().ljust(16)[:16])
     liar = Guest(host.socket(vm))
     liar.hello["until"] = time.monotonic() + 6.0  # type: ignore[assignment]
+    liar.hello["rate"] = 0.0
     liar._introduce = _introducing(liar)  # type: ignore[method-assign]
     failed: list[BaseException] = []
 
@@ -640,18 +765,24 @@ def test_a_guest_that_lies_hurts_nobody_but_itself(
     good.hear(lambda: good.acks(FIRST)[-1].stdout == at, "the good VM's lines are acknowledged")
     starts = good.heard(messages.Start)
     good.close()
-    memory = host.most_memory()
+    memory, rendering = host.most_memory(), renderers_memory(host)
+    rate = f", {liar.hello['rate']:,.0f} frames/s" if liar.hello["rate"] else ""
     with capsys.disabled():
         print(
             f"\n    {vm}: another VM's line took {1000 * worst:.0f} ms at the most of {lines};"
-            f" {memory / MIB:.0f} MiB, {(memory - before) / MIB:+.0f}"
+            f" {memory / MIB:.0f} MiB, {(memory - before) / MIB:+.0f}; renderer {rendering / MIB:.0f} MiB{rate}"
         )
     assert failed == []
     assert host.alive()
     new = host.said()[said:]
     assert "Traceback" not in new and "\x1b" not in new, new[-3000:]
     assert len(new) < 100_000, "its log can't be flooded"
-    assert memory < 160 * MIB
+    # The renderer notes each second what 10,000 open runs say of themselves, 16 MiB at the most.
+    assert memory < 160 * MIB and rendering < 256 * MIB
+    if act in CAUGHT:
+        evidence = [line for line in new.splitlines() if line.startswith(f"{vm}: ")]
+        words = ("sends what can't be", "was set back in time", "says no Hello", "session over")
+        assert any(word in line for line in evidence for word in words), new
     assert all(abs(start.delay) <= 10**18 for start in starts), "no VM can set nonsense for all"
     # Nothing outside its own directory, and nothing in the logs that it could forge.
     mine = tuple(f"{prefix}{name}{dot}" for name in host.vms for prefix, dot in ((".", "."), ("", ".")))
@@ -665,12 +796,64 @@ def test_a_guest_that_lies_hurts_nobody_but_itself(
     assert FAKE not in new.splitlines()
 
 
+def renderers_memory(host: Host) -> int:
+    """Bytes resident at the most, so far, of the renderer."""
+    most = 0
+    for pid in Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split():
+        status = Path(f"/proc/{pid}/status").read_text()
+        most += sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
+    return most
+
+
+@pytest.mark.long
+def test_a_million_vmrs_take_bounded_memory_and_few_files(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A million rows in the table, then runs without end; each time it is refused it begins anew."""
+    evil, good = Guest(host.socket("evil")), Guest(host.socket("good")).open()
+    begin(good)
+    at = 0
+    worst = 0.0
+    for number in range(0, 1_040_000, 500):
+        said: list[messages.Message] = []
+        for each in range(number, number + 500):
+            name = b"-4/%d" % each
+            row = each < 1_000_000
+            said.append(messages.Vmr(name, "waiting", 0, "r" * 200) if row else run(each + 1, vmr=name))
+        try:
+            evil.open(5.0)
+            evil.say(*said)
+            evil.hear(lambda: True)
+        except (OSError, AssertionError):
+            evil.close()
+        evil.events.clear()
+        good.hear(lambda: True)
+        if number % 10_000 == 0:
+            began = time.monotonic()
+            good.say(output(b"still here\n", at))
+            at += 11
+            until(lambda: len(host.raw("good", PATH)) == at, "the other VM's line")
+            worst = max(worst, time.monotonic() - began)
+            good.hear(lambda: True)
+    files = sum(len(names) for _, _, names in os.walk(host.logs / "evil"))
+    memory, rendering = host.most_memory(), renderers_memory(host)
+    with capsys.disabled():
+        print(
+            f"\n    a million VMRs: {memory / MIB:.0f} MiB, renderer {rendering / MIB:.0f} MiB, {files:,} files,"
+            f" another VM's line {1000 * worst:.0f} ms at the most"
+        )
+    assert memory < 200 * MIB and rendering < 256 * MIB
+    assert files < 4 * 12_000, "the runs that were let in, no row"
+    evil.close()
+    good.close()
+
+
 def _introducing(guest: Guest) -> Callable[..., messages.Hello]:
     real = Guest._introduce
 
     def introduce(own: bytes, peer: Any) -> messages.Hello:
         kept = guest.hello
-        guest.hello = {key: value for key, value in kept.items() if key != "until"}
+        guest.hello = {key: value for key, value in kept.items() if key not in ("until", "rate")}
         try:
             return real(guest, own, peer)
         finally:
@@ -680,23 +863,210 @@ def _introducing(guest: Guest) -> Callable[..., messages.Hello]:
     return introduce
 
 
-def test_one_vms_time_zero_is_no_nonsense_for_the_others(tmp_path: Path) -> None:
-    """A collector that was started again learns the start from the first VM that tells it."""
-    host = Host(tmp_path)
+# --- the experiment's start
+
+
+def start(host: Host, **args: Any) -> None:
+    with control.Connection(host.sockets / "control", program="collector", hint="") as collector:
+        collector.ask("start", **args)
+
+
+def told(guest: Guest) -> float:
+    """Seconds to time zero, as it is told."""
+    before = len(guest.heard(messages.Start))
+    guest.say(messages.Heartbeat(wall=5, configured=True))
+    guest.hear(lambda: len(guest.heard(messages.Start)) > before, "when it starts")
+    return float(guest.heard(messages.Start)[-1].delay) / 1e9
+
+
+def told_nothing(guest: Guest) -> None:
+    guest.say(messages.Heartbeat(wall=5, configured=True), run(77, vmr=b"-4/told", started=5))
+    guest.hear(lambda: guest.acks((77).to_bytes(16, "big")), "an answer")
+    assert guest.heard(messages.Start) == []
+
+
+def test_no_vm_sets_time_zero_for_another(host: Host) -> None:
+    good = Guest(host.socket("good")).open()
+    for since in (0, 5 * 10**9, -(10**12), HUGE, -HUGE - 1):
+        liar = Guest(host.socket("evil"), since_zero=since, zero_by="host", configured=True).open()
+        liar.say(messages.Heartbeat(wall=5, since_zero=since, zero_by="host"))
+        told_nothing(good)
+        liar.close()
+    good.close()
+    assert "Traceback" not in host.said()
+
+
+def test_a_collector_that_is_started_again_keeps_the_start_by_itself(host: Host) -> None:
+    good = Guest(host.socket("good")).open()
+    start(host, delay=1_000)
+    assert 900 < told(good) <= 1_000
+    good.close()
+    host.kill()
     host.start()
+    late = Guest(host.socket("evil"), spool=b"l" * 16, since_zero=-7, zero_by="host").open()
+    late.hello = {**late.hello, "since_zero": None, "zero_by": None}
+    told_nothing(late)
+    good = Guest(host.socket("good")).open()
+    assert 800 < told(good) <= 1_000
+    assert 800 < told(late) <= 1_000, "the same experiment, as the other shows: it is told too"
+    late.close()
+    good.close()
+    time.sleep(1.5)  # until it is noted that the late one was told
+    host.kill()
+    host.start()
+    late = Guest(host.socket("evil"), spool=b"l" * 16).open()
+    assert 700 < told(late) <= 1_000
+    late.close()
+
+
+def test_the_next_experiment_in_the_same_directory_has_a_start_of_its_own(host: Host) -> None:
+    good = Guest(host.socket("good")).open()
+    start(host, delay=1_000)
+    told(good)
+    good.close()
+    host.kill()
+    host.start()
+    good = Guest(host.socket("good"), spool=b"n" * 16).open()
+    told_nothing(good)
+    start(host, delay=50)
+    assert told(good) <= 50
+    good.close()
+
+
+def test_what_one_vm_was_started_with_is_its_own_also_later(host: Host) -> None:
+    good, other = Guest(host.socket("good")).open(), Guest(host.socket("evil"), spool=b"o" * 16).open()
+    start(host, vm="good", delay=1_000)
+    assert 900 < told(good) <= 1_000
+    told_nothing(other)
+    good.close()
+    other.close()
+    time.sleep(1.5)  # until it is noted
+    host.kill()
+    host.start()
+    good, other = Guest(host.socket("good")).open(), Guest(host.socket("evil"), spool=b"o" * 16).open()
+    assert 700 < told(good) <= 1_000
+    told_nothing(other)
+    good.close()
+    other.close()
+
+
+@pytest.mark.parametrize("damage", [b"", b"[" * 99_999, b'{"vm": 5}', b'{"vm": ["", true, [1, 2]]}', b"\xff"])
+def test_a_start_that_is_damaged_is_none(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / ".start").write_bytes(damage)
+    starts = Starts(tmp_path)
+    assert starts.of("vm", b"") is None
+    starts.note("vm", b"s", everybody=True, zero=Moment("boot", 1, 2))
+    starts.write()
+    found = Starts(tmp_path).of("vm", b"s")
+    assert found is not None and found.zero.seconds_since(Moment("boot", 1, 10**18)) == 0
+
+
+# --- files on their way
+
+
+def test_two_who_push_do_not_end_the_session_of_a_guest_that_is_slow(host: Host, guest: Guest) -> None:
+    """Each asks for what may lie unread at most; together they ask for more, and would again in the next session."""
+    piece, windows, clients = 31 * 1024, 24, []
     try:
-        for since in (HUGE, -HUGE - 1):
-            liar = Guest(host.socket("evil"), since_zero=since, zero_by="host").open()
-            good = Guest(host.socket("good")).open()
-            ack = begin(good)
-            good.say(output(b"one\n", ack.stdout))
-            good.hear(lambda: good.acks(FIRST)[-1].stdout == ack.stdout + 4, "the good VM is served")
-            assert good.heard(messages.Start) == []
-            liar.close()
-            good.close()
-        assert "Traceback" not in host.said()
+        for client in range(3):
+            asking = control.Connection(host.sockets / "control", program="collector", hint="")
+            clients.append(asking)
+            for number in range(windows):
+                id = bytes((client, number)).hex() * 8
+                args = {"path": "/x", "offset": number * piece}
+                asking.say(
+                    {"verb": "files", "vm": "good", "id": id, "ask": "write", "args": args}, bytes(piece)
+                )
+        time.sleep(0.5)  # the guest does something else
+        guest.hear(lambda: len(guest.heard(messages.Request)) == windows * len(clients), "all that was asked")
+        assert guest.heard(Ended) == []
+        asked = [request.request[:2] for request in guest.heard(messages.Request)]
+        for client in range(len(clients)):
+            assert [each[1] for each in asked if each[0] == client] == list(range(windows))
+        guest.say(*(messages.Reply(each.request, True, "", {}) for each in guest.heard(messages.Request)))
+        for asking in clients:
+            assert all(asking.hear()[0]["ok"] for _ in range(windows))
     finally:
-        host.stop()
+        for asking in clients:
+            asking.close()
+    assert "session over" not in host.said()
+
+
+# --- no descriptor left
+
+
+def test_without_descriptors_it_waits_and_then_goes_on(host: Host) -> None:
+    """The listener stays readable: a collector that looked again at once would do nothing else."""
+    good = Guest(host.socket("good")).open()
+    begin(good)
+    limits = resource.prlimit(host.pid, resource.RLIMIT_NOFILE)
+    free = 1_000  # the lowest that is, while no sync is under way
+    for _ in range(20):
+        there = set(map(int, os.listdir(f"/proc/{host.pid}/fd")))
+        free = min(free, *(set(range(1_000)) - there))
+        time.sleep(0.05)
+    resource.prlimit(host.pid, resource.RLIMIT_NOFILE, (free, limits[1]))
+    waiting = Guest(host.socket("evil")).connect()
+    before, began = cpu(host), time.process_time()
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        pass  # as one that looks again at once does: it gets as much of the machine
+    used, spent = cpu(host) - before, time.process_time() - began
+    resource.prlimit(host.pid, resource.RLIMIT_NOFILE, limits)
+    waiting.session.connect(time.monotonic())
+    waiting.hear(lambda: waiting.session.open, "it is served")
+    waiting.close()
+    good.close()
+    assert used < spent / 4
+
+
+def test_without_descriptors_a_vm_is_connected_to_later(tmp_path: Path) -> None:
+    heard: list[bytes] = []
+
+    async def connect() -> str:
+        over = asyncio.Event()
+
+        def received(data: bytes) -> None:
+            heard.append(data)
+            over.set()
+
+        with socket.socket(socket.AF_UNIX) as listener, tempfile.TemporaryDirectory(prefix="vmr-") as short:
+            listener.bind(f"{short}/vm")
+            listener.listen()
+            chardev = Chardev(
+                Path(short, "vm"),
+                listen=False,
+                opened=lambda: None,
+                received=received,
+                closed=lambda _: None,
+                roomy=lambda: None,
+            )
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+            try:
+                chardev.start()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            reason = chardev.reason
+            loop = asyncio.get_running_loop()
+            listener.setblocking(False)
+            accepted, _ = await asyncio.wait_for(loop.sock_accept(listener), 20)
+            accepted.send(b"here")
+            await asyncio.wait_for(over.wait(), 20)
+            accepted.close()
+            chardev.close()
+            return reason
+
+    assert asyncio.run(connect()) == os.strerror(errno.EMFILE)
+    assert heard == [b"here"]
+
+
+def cpu(host: Host) -> float:
+    """Seconds."""
+    fields = Path(f"/proc/{host.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_liar_in_listen_mode_is_heard_once_a_second(host: Host) -> None:
@@ -714,7 +1084,83 @@ def test_a_liar_in_listen_mode_is_heard_once_a_second(host: Host) -> None:
     assert 2 <= host.said().count("beginning anew") <= 5
 
 
+def test_while_no_renderer_can_be_started_all_else_goes_on(tmp_path: Path) -> None:
+    """As with no memory for another process: it is said once, and what came is shown when there is one."""
+    python = tmp_path / "python"
+    python.symlink_to(sys.executable)
+    modules = os.pathsep.join([str(AGENT), *filter(None, sys.path)])  # a link is no venv
+    host = Host(tmp_path, vms=("good",), python=str(python), environment={"PYTHONPATH": modules})
+    host.start()
+    try:
+        guest = Guest(host.socket("good")).open()
+        begin(guest)
+        (renderer,) = map(int, Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split())
+        python.unlink()
+        os.kill(renderer, signal.SIGKILL)
+        until(lambda: "cannot start a renderer: " in host.said(), "it is said")
+        guest.say(output(b"meanwhile\n"))
+        guest.hear(lambda: guest.acks(FIRST)[-1].stdout == 10, "what comes is stored all the same")
+        time.sleep(1.5)  # as long as to try again takes
+        python.symlink_to(sys.executable)
+        until(lambda: "meanwhile" in host.log("good"), "it is shown")
+        assert host.said().count("cannot start a renderer") == host.said().count("the renderer ended") == 1
+        guest.close()
+    finally:
+        host.stop()
+
+
+def test_a_collector_ends_well_without_its_renderer(tmp_path: Path) -> None:
+    host = Host(tmp_path, vms=("good",), python=str(tmp_path / "python"))
+    host.environment["PYTHONPATH"] = os.pathsep.join([str(AGENT), *filter(None, sys.path)])
+    (tmp_path / "python").symlink_to(sys.executable)
+    host.start()
+    try:
+        (tmp_path / "python").unlink()
+        (renderer,) = map(int, Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split())
+        os.kill(renderer, signal.SIGKILL)
+        until(lambda: "cannot start a renderer: " in host.said(), "it is said")
+        assert host.process is not None
+        host.process.terminate()
+        assert host.process.wait(20) == 0 and "Traceback" not in host.said()
+    finally:
+        host.stop()
+
+
 # --- what lies in the log directory's way ---
+
+
+@pytest.mark.parametrize(
+    "name", ["good", "good.log", "good.json", ".good.rendered", ".good.lock", ".good.new", ".start"]
+)
+def test_a_link_in_the_log_directory_itself_leads_nowhere(tmp_path: Path, name: str) -> None:
+    """A VM's logs stay unwritten rather than written elsewhere; and the others' are written."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("precious")
+    (tmp_path / "logs").mkdir()
+    where = outside if name in ("good", ".good.new") else outside / "precious"
+    (tmp_path / "logs" / name).symlink_to(where)
+    host = Host(tmp_path)
+    try:
+        host.start()
+        guest = Guest(host.socket("good")) if host.alive() else None
+        if guest is not None:
+            with suppress(OSError, AssertionError):
+                guest.open(2.0)
+                guest.say(run(), output(b"overwritten\n"))
+                guest.hear(lambda: guest.acks(FIRST), limit=1.0)
+            other = Guest(host.socket("evil"), spool=b"o" * 16).open()
+            begin(other)
+            other.say(output(b"fine\n"))
+            until(lambda: "fine" in host.log("evil"), "the other VM's log")
+            other.close()
+            guest.close()
+        else:
+            assert "cannot" in host.said() and "Traceback" not in host.said()
+        assert (outside / "precious").read_text() == "precious"
+        assert [path.name for path in outside.iterdir()] == ["precious"]
+    finally:
+        host.stop()
 
 
 def test_links_in_the_way_lead_nowhere(tmp_path: Path) -> None:
@@ -747,3 +1193,25 @@ def test_links_in_the_way_lead_nowhere(tmp_path: Path) -> None:
         guest.close()
     finally:
         host.stop()
+
+
+def test_a_signal_is_heard_however_much_came_from_the_background_meanwhile(tmp_path: Path) -> None:
+    """Both wake the loop by the same pipe, and one that is full takes no signal."""
+
+    async def hear() -> list[str]:
+        collector = Collector(tmp_path / "logs", [], control_path=tmp_path / "control")
+        heard = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, heard.set)
+        taken: list[str] = []
+        worked = threading.Semaphore(0)
+        for _ in range(600):
+            collector.in_background(worked.release, lambda _: taken.append("result"))  # type: ignore[arg-type]
+        for _ in range(600):  # the loop is busy as long as this takes
+            worked.acquire()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(heard.wait(), 20)
+        while len(taken) < 600:
+            await asyncio.sleep(0.01)
+        return taken
+
+    assert asyncio.run(hear()) == ["result"] * 600

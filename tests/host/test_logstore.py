@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -11,11 +12,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import pytest
 
@@ -23,8 +25,8 @@ from tests.host import said
 from tests.host.said import ERR, OTHER, OUT, RUN, SECOND, T
 from vmr_agent.errors import Problem
 from vmr_agent.host import life, logstore
-from vmr_agent.host.journal import JOURNAL, Kind, records
-from vmr_agent.host.life import BadGuest, Diverged
+from vmr_agent.host.journal import JOURNAL, MARK, Kind, pack_record, records
+from vmr_agent.host.life import MAX_GAPS_LISTED, BadGuest, Diverged
 from vmr_agent.host.logstore import LogStore, Syncer
 from vmr_agent.runs import Ending, RunState
 from vmr_agent.wire import messages
@@ -140,6 +142,21 @@ def test_doubles_change_nothing(tmp_path: Path) -> None:
     assert kinds(tmp_path) == "LHROOXCM"
 
 
+def test_what_comes_again_is_acknowledged_again(tmp_path: Path) -> None:
+    """A sync may end between a session's first Ack of a run and what the guest sends again in it."""
+    with opened(tmp_path) as store:
+        store.run(said.run())
+        store.output(said.output(b"abcdef"))
+        store.gap(said.gap(0, 10, ERR))
+        ack = messages.Ack(RUN, RunState.STARTED, 6, 10)
+        assert store.sync() == [ack]
+        store.output(said.output(b"def", 3))
+        assert store.sync() == [ack]
+        store.gap(said.gap(4, 6, ERR))
+        assert store.sync() == [ack]
+        assert store.sync() == []
+
+
 def test_a_finished_run_is_acknowledged_again(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         store.run(said.run())
@@ -174,6 +191,57 @@ def test_gaps_keep_the_offsets_behind_them(tmp_path: Path) -> None:
         ("stdout", 3, 1000),
         ("stdout", 1006, 10),
     ]
+    assert row["missing_bytes"] == 1010
+
+
+def test_a_gap_is_in_the_row_before_its_hole_is_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads along would take the hole for output."""
+    seen = []
+    truncate = os.ftruncate
+
+    def look(fd: int, length: int) -> None:
+        if length == 1003:
+            seen.append(result(tmp_path)["gaps"])
+        truncate(fd, length)
+
+    with opened(tmp_path) as store:
+        store.run(said.run())
+        store.output(said.output(b"abc"))
+        monkeypatch.setattr(os, "ftruncate", look)
+        store.gap(said.gap(3, 1000, wall=said.T))
+        store.sync()
+    (gap,) = result(tmp_path)["gaps"]
+    assert seen == [[gap]]
+    assert gap == {
+        "stream": "stdout",
+        "offset": 3,
+        "length": 1000,
+        "reason": "the spool was full",
+        "time": "2024-06-06T00:43:06.000000Z",
+    }
+
+
+def test_more_gaps_than_are_listed_are_counted_all_the_same(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.run(said.run())
+        for number in range(MAX_GAPS_LISTED + 5):
+            store.gap(said.gap(10 * number, 9))
+            store.output(said.output(b"x", 10 * number + 9))
+        store.sync()
+        store._sync_now(checkpoint=True)
+    with opened(tmp_path) as store:
+        end = 10 * (MAX_GAPS_LISTED + 5)
+        store.exit(said.exit(end))
+        store.closed(said.closed(end))
+        store.sync()
+    row = result(tmp_path)
+    assert (len(row["gaps"]), row["missing_bytes"], row["complete"]) == (
+        MAX_GAPS_LISTED,
+        9 * (MAX_GAPS_LISTED + 5),
+        False,
+    )
 
 
 def test_unfinished_lines_are_those_to_show_early(tmp_path: Path) -> None:
@@ -227,6 +295,7 @@ def test_a_result_has_every_key_from_the_start(tmp_path: Path) -> None:
             "closed": False,
             "complete": False,
             "gaps": [],
+            "missing_bytes": 0,
             "rusage": None,
         }
         store.output(said.output(b"abc"))
@@ -285,7 +354,7 @@ def test_rows_are_the_latest_attempts_in_the_order_of_the_schedule(tmp_path: Pat
         store.run(said.run(b"-4/b", run=b"4" * 16, attempt=10))
         store.run(said.run(b"-4/b", run=b"5" * 16, attempt=9))
         store.output(said.output(b"abc", run=b"4" * 16))
-        rows = store.rows()
+        rows = logstore.rows(tmp_path, "vm1")
         assert store.latest(b"-4/b") == b"4" * 16 and store.latest(b"-4/c") is None
     assert [(row["vmr"], row["attempt"]) for row in rows] == [
         ("-100000/a\\xef\\n", 1),
@@ -293,8 +362,39 @@ def test_rows_are_the_latest_attempts_in_the_order_of_the_schedule(tmp_path: Pat
         ("10.5/late", 1),
     ]
     assert rows[1]["stdout_bytes"] == 3, "of a running one as well"
-    assert logstore.rows(tmp_path, "vm1") == rows
     assert logstore.rows(tmp_path, "vm2") == []
+
+
+def test_what_somebody_left_among_the_runs_is_in_nobodys_way(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.run(said.run())
+    for name in (
+        "notes.txt",
+        "-4/notes.txt",
+        "-4/compress.py/notes.txt",
+        "-4/compress.py/²",
+        "-4/compress.py/2",
+    ):
+        (tmp_path / "vm1" / name).touch()
+    (tmp_path / "vm1" / "-5").symlink_to("gone")
+    assert [row["attempt"] for row in logstore.rows(tmp_path, "vm1")] == [1]
+
+
+def test_a_new_life_that_begins_while_rows_are_read_costs_only_rows(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.run(said.run())
+    program = "import os, sys\nwhile True: os.rename(*sys.argv[1:3]); os.rename(*sys.argv[2:0:-1])"
+    names = (str(tmp_path / "vm1"), str(tmp_path / "vm1~1"))
+    renames = subprocess.Popen([sys.executable, "-c", program, *names])
+    try:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "vm1~1").exists():
+            assert time.monotonic() < deadline
+        counts = {len(logstore.rows(tmp_path, "vm1")) for _ in range(3_000)}
+    finally:
+        renames.kill()
+        renames.wait()
+    assert counts <= {0, 1}
 
 
 # --- lives
@@ -383,13 +483,53 @@ def test_another_end_than_before_is_time_travel(tmp_path: Path) -> None:
             store.exit(said.exit(value=1))
 
 
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    "other", [{"started": T + 1}, {"ended": T + SECOND}, {"started": T + 1, "ended": None}]
+)
+def test_a_run_executed_at_another_time_is_time_travel(
+    tmp_path: Path, finished: bool, other: dict[str, Optional[int]]
+) -> None:
+    """Even one that wrote nothing: its bytes can't tell."""
+    says = {"ended": T + 2 * SECOND, **other}
+    with opened(tmp_path) as store:
+        store.run(said.run())
+        store.exit(said.exit())
+        if finished:
+            store.closed(said.closed())
+            store.sync()
+        with pytest.raises(Diverged):
+            store.run(said.run(**says))
+    with opened(tmp_path) as store:
+        store.run(said.run(ended=T + 2 * SECOND))
+        with pytest.raises(Diverged):
+            store.run(said.run(**says))
+
+
 def test_a_clock_that_goes_back_within_a_boot_is_time_travel(tmp_path: Path) -> None:
     with opened(tmp_path):
         pass
     with opened(tmp_path, greet=False) as store:
-        with pytest.raises(Diverged):
-            store.life(said.hello(boottime=59 * SECOND), T)
         assert store.life(said.hello(boottime=1, boot="second boot"), T) is False
+    with opened(tmp_path, greet=False) as store:
+        with pytest.raises(Diverged):
+            store.life(said.hello(boottime=0, boot="second boot"), T)
+        # Its new life may fail for want of space, and after a reboot no clock tells any more.
+        with pytest.raises(Diverged):
+            store.life(said.hello(boottime=9, boot="third boot"), T)
+        assert store.life(said.hello(boottime=9, boot="third boot", spool=b"2" * 16), T) is True
+
+
+def test_what_the_journal_lost_of_another_future_is_cut_for_good(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        (tmp_path / "vm1" / PATH).mkdir(parents=True)
+        (tmp_path / "vm1" / PATH / "stderr").write_bytes(b"of a run whose record no sync has seen")
+        store.run(said.run())
+        sync = store.begin_sync()
+        assert sync is not None and f"{PATH}/stderr" in sync.files
+        sync.sync()
+        store.finish_sync(sync)
+    assert (tmp_path / "vm1" / PATH / "stderr").read_bytes() == b""
 
 
 def test_after_time_travel_nothing_is_believed_before_the_new_life(tmp_path: Path) -> None:
@@ -419,8 +559,8 @@ def test_after_time_travel_nothing_is_believed_before_the_new_life(tmp_path: Pat
         lambda store: store.output(said.output(b"x", marks=((2, T),))),
         lambda store: store.output(messages.Output(RUN, 3, 0, False, ((1, T),), b"x")),
         lambda store: store.gap(said.gap(1, 1)),
-        lambda store: store.gap(said.gap(0, 2**62 + 1)),
-        lambda store: store.gap(said.gap(0, 2**62)),
+        lambda store: store.gap(said.gap(0, 2**53 + 1)),
+        lambda store: store.gap(said.gap(0, 2**53)),
         lambda store: store.gap(messages.Gap(RUN, 0, 0, 1, "")),
         lambda store: store.exit(said.exit(run=OTHER)),
         lambda store: store.exit(said.exit(ending="boredom")),
@@ -524,6 +664,40 @@ def test_the_journal_is_cut_where_the_raw_bytes_are_not_those_it_says(tmp_path: 
         assert result(tmp_path)["state"] == "running"
         store.output(said.output(b"again", 11))
     assert raw.read_bytes() == b"durablekeptagain"
+
+
+def test_a_gap_is_in_the_raw_file_again_after_a_power_cut(tmp_path: Path) -> None:
+    """The journal's record may have come to the disk before the file's new size."""
+    store = LogStore(tmp_path, "vm1", log=ignore)
+    store.life(said.hello(), T)
+    store.run(said.run())
+    store.output(said.output(b"durable"))
+    store.sync()
+    store.gap(said.gap(7, 100))
+    crash(store)
+    raw = tmp_path / "vm1" / PATH / "stdout"
+    raw.write_bytes(b"durable")
+    with opened(tmp_path) as store:
+        assert store.run(said.run()).stdout == 107
+        assert raw.read_bytes() == b"durable" + bytes(100)
+
+
+def test_what_the_journal_lost_has_no_row(tmp_path: Path) -> None:
+    """Its guest, set back in time, may never say again that it was."""
+    with opened(tmp_path) as store:
+        store.run(said.run())
+        store.sync()
+        store.run(said.run(b"5/other", run=OTHER))
+        sync = store.begin_sync()
+        assert sync is not None
+        sync.sync()
+        sync.error = OSError(errno.EIO, "failed")
+        with pytest.raises(OSError):
+            store.finish_sync(sync)
+        store.life(said.hello(), T)
+        assert [row["vmr"] for row in logstore.rows(tmp_path, "vm1")] == ["-4/compress.py"]
+        store.run(said.run(b"5/other", run=OTHER))
+        assert [row["vmr"] for row in logstore.rows(tmp_path, "vm1")] == ["-4/compress.py", "5/other"]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -703,6 +877,45 @@ def test_a_failed_sync_is_no_ack_and_is_not_trusted_later(tmp_path: Path) -> Non
         assert store.run(said.run()).stdout == 7
         store.output(said.output(b"lost", 7))
         assert store.sync()[0].stdout == 11
+
+
+def test_an_end_takes_over_what_a_sync_in_flight_was_to_do(tmp_path: Path) -> None:
+    """A collector that is told to end has its renderer show all that came, then."""
+    with opened(tmp_path) as store:
+        store.run(said.run())
+        store.output(said.output(b"first"))
+        sync = store.begin_sync()
+        assert sync is not None
+        store.run(said.run(b"5/other", run=OTHER))
+        store.output(said.output(b"more", run=OTHER))
+        acks = {ack.run: ack.stdout for ack in store.sync()}
+        assert acks == {RUN: 5, OTHER: 4}
+        *_, (_, kind, mark) = records((tmp_path / "vm1" / JOURNAL).read_bytes())
+        assert kind == Kind.MARK and not store.dirty()
+        sync.sync()
+        assert store.finish_sync(sync) == [] and store.sync() == []
+        *_, (end, kind, again) = records((tmp_path / "vm1" / JOURNAL).read_bytes())
+        assert again == mark and MARK.unpack(mark)[0] == end - len(pack_record(Kind.MARK, mark))
+
+
+@pytest.mark.parametrize("another_life", [False, True])
+def test_a_sync_that_failed_in_flight_is_not_done_again(tmp_path: Path, another_life: bool) -> None:
+    """When a collector is told to end, or a guest begins anew, before its thread's error has been heard of."""
+    with opened(tmp_path) as store:
+        store.run(said.run())
+        store.sync()
+        store.output(said.output(b"lost"))
+        sync = store.begin_sync()
+        assert sync is not None
+        before = kinds(tmp_path)
+        raw = tmp_path / "vm1" / PATH / "stdout"
+        raw.rename(raw.with_name("elsewhere"))
+        sync.sync()
+        raw.with_name("elsewhere").rename(raw)
+        if another_life:
+            with pytest.raises(OSError):
+                store.life(said.hello(spool=b"2" * 16), T)
+    assert kinds(tmp_path) == before and before.count("M") == 1
 
 
 def test_an_unusable_log_directory_is_a_problem_with_a_sentence(tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
 import resource
-import select
 import shutil
 import signal
 import time
@@ -265,6 +265,21 @@ def test_a_gap_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_a_gap_bears_the_time_at_which_it_began(tmp_path: Path) -> None:
+    """Not that of the last line before it, which may be an hour old."""
+    told(
+        tmp_path,
+        lambda store: send(store, b"before\n"),
+        lambda store: store.gap(said.gap(7, 1000, wall=said.T + 3600 * said.SECOND)),
+        lambda store: store.exit(said.exit(1007, ended=said.T + 7200 * said.SECOND)),
+        lambda store: store.closed(said.closed(1007)),
+    )
+    lines = (tmp_path / "vm1.log").read_text().splitlines()
+    stamps = [line[1:20] for line in lines if "before" in line or "missing" in line or "exited" in line]
+    first, second, third = (datetime.datetime.strptime(each, "%Y-%m-%d %H:%M:%S") for each in stamps)
+    assert (second - first, third - first) == (datetime.timedelta(hours=1), datetime.timedelta(hours=2))
+
+
 def test_a_line_too_long_is_cut_once_and_says_where_the_rest_is(tmp_path: Path) -> None:
     size = 3 * LINE_LIMIT + 17
     told(
@@ -489,7 +504,6 @@ def test_a_renderer_killed_again_and_again_shows_each_line_once(tmp_path: Path) 
                 process.wake()
                 time.sleep(chance.random() * 0.02)
             os.kill(process.pid, signal.SIGKILL)
-            assert select.select([process], [], [], WAIT)[0], "the collector hears of it"
             eventually(lambda: not process.alive())
             process.restart()
         finish(store)
@@ -538,6 +552,27 @@ def test_wakes_never_block_and_none_is_lost(tmp_path: Path) -> None:
         finally:
             os.kill(process.pid, signal.SIGCONT)
             assert process.close(WAIT)
+
+
+def test_what_lies_in_the_working_directory_is_not_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collector is started anywhere, as root even, and says where its logs and modules are as seen from there."""
+    anywhere = tmp_path / "anywhere"
+    (anywhere / "lib").mkdir(parents=True)
+    for name in ("json", "vmr_agent", "lib/sitecustomize"):
+        (anywhere / f"{name}.py").write_text(f"open({str(tmp_path)!r} + '/' + {name[-4:]!r}, 'w')\n")
+    monkeypatch.chdir(anywhere)
+    monkeypatch.setenv("PYTHONPATH", "lib")
+    with opened(Path("logs")) as store:
+        process = RendererProcess(Path("logs"), ["vm1"])
+        store.run(said.run())
+        send(store, b"line\n")
+        store.sync()
+        assert process.close(WAIT)
+    assert (tmp_path / "mize").exists(), "it is where the caller said that modules are"
+    assert not (tmp_path / "json").exists() and not (tmp_path / "gent").exists()
+    assert msgs(anywhere / "logs") == ["line"]
 
 
 def test_an_idle_renderer_sleeps(tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ def row(**other: Any) -> dict[str, Any]:
 def test_a_request_goes_out_and_its_reply_comes_back() -> None:
     sent: list[messages.Message] = []
     heard: list[tuple[Mapping[str, Any], bytes]] = []
-    relay = Relay(lambda message: sent.append(message) or True)  # type: ignore[func-returns-value]
+    relay = Relay(lambda message: sent.append(message) or True, lambda: False)  # type: ignore[func-returns-value]
     relay.ask(
         row(ask="write", args={"path": "/\udcff", "offset": 3}), b"data", lambda *each: heard.append(each), ""
     )
@@ -332,11 +332,40 @@ def test_a_request_goes_out_and_its_reply_comes_back() -> None:
 @pytest.mark.parametrize("when", ["offline", "ended"])
 def test_what_cannot_be_answered_is_to_be_asked_again(when: str) -> None:
     heard: list[Mapping[str, Any]] = []
-    relay = Relay(lambda message: when == "ended")
+    relay = Relay(lambda message: when == "ended", lambda: False)
     relay.ask(row(), b"", lambda told, data: heard.append(told), "it is offline")
     relay.ended("it is offline")
     relay.ended("again")
     assert heard == [{"id": "ab" * 16, "ok": False, "again": True, "error": "it is offline"}]
+
+
+def test_what_there_is_no_room_for_waits_in_its_order_and_goes_out_once() -> None:
+    sent: list[str] = []
+    heard: list[Mapping[str, Any]] = []
+    room = 0
+
+    def send(message: messages.Message) -> bool:
+        nonlocal room
+        assert isinstance(message, messages.Request)
+        sent.append(message.request.hex()[:2])
+        room -= 1
+        return True
+
+    relay = Relay(send, lambda: room <= 0)
+    for name in ("0a", "0b", "0c", "0b", "0d"):
+        relay.ask(row(id=name * 16), b"", lambda told, data: heard.append(told), "")
+    assert sent == []
+    room = 3
+    relay.go_on()
+    assert sent == ["0a", "0b", "0c"]
+    room = 1
+    relay.ask(row(id="0e" * 16), b"", lambda told, data: heard.append(told), "")
+    assert sent[3:] == [], "nobody overtakes"
+    relay.ended("it left")
+    assert [told["id"][:2] for told in heard] == ["0a", "0b", "0c", "0d", "0e"]
+    assert all(told["again"] for told in heard)
+    relay.go_on()
+    assert sent[3:] == []
 
 
 @pytest.mark.parametrize(
@@ -357,7 +386,7 @@ def test_what_cannot_be_answered_is_to_be_asked_again(when: str) -> None:
 )
 def test_an_odd_request_of_a_client_is_a_problem_and_nothing_is_sent(odd: dict[str, Any]) -> None:
     sent: list[messages.Message] = []
-    relay = Relay(lambda message: sent.append(message) or True)  # type: ignore[func-returns-value]
+    relay = Relay(lambda message: sent.append(message) or True, lambda: False)  # type: ignore[func-returns-value]
     with pytest.raises(Problem):
         relay.ask(row(**odd), b"", lambda *each: None, "")
     assert not sent
@@ -365,7 +394,7 @@ def test_an_odd_request_of_a_client_is_a_problem_and_nothing_is_sent(odd: dict[s
 
 def test_a_request_too_large_for_a_frame_is_a_problem() -> None:
     sent: list[Optional[messages.Message]] = []
-    relay = Relay(lambda message: sent.append(message) or True)  # type: ignore[func-returns-value]
+    relay = Relay(lambda message: sent.append(message) or True, lambda: False)  # type: ignore[func-returns-value]
     with pytest.raises(Problem):
         relay.ask(row(ask="write", args={"path": "x" * 20_000}), bytes(31 * 1024), lambda *each: None, "")
     assert not sent

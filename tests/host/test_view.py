@@ -40,13 +40,14 @@ def row(vmr: bytes, state: str, attempt: int = 0, reason: str = "") -> dict[str,
 
 
 def test_vms_are_those_with_logs_by_their_own_names_and_once(tmp_path: Path) -> None:
-    for vm in ("vm1", "lab server~1", "b\u00fcro"):
+    names = ["vm1", "lab server~1", "b\u00fcro", "42", "~7"]
+    for vm in names:
         logged(tmp_path, vm, value=0)
         logged(tmp_path, vm, spool=b"t" * 16, value=0)
     (tmp_path / "somebody's").mkdir()
     (tmp_path / "notes.txt").touch()
     assert (tmp_path / "vm1~1").is_dir()
-    assert sorted(view.vms(tmp_path)) == sorted(["vm1", "lab server~1", "b\u00fcro"])
+    assert sorted(view.vms(tmp_path)) == sorted(names)
     with pytest.raises(Problem, match=r"cannot read .*none"):
         view.vms(tmp_path / "none")
 
@@ -146,7 +147,7 @@ def test_a_guest_that_does_not_answer_is_said_within_the_limit(
     def ask() -> None:
         guest = Guest(sockets / "vm1").open()
         try:
-            with control.Daemon(sockets / "control", program="collector", hint="") as asked:
+            with control.Connection(sockets / "control", program="collector", hint="") as asked:
                 asked.ask("rerun", vm="vm1", vmr="-4/compress.py")
         except Problem as problem:
             answers.append(str(problem))

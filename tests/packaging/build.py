@@ -69,10 +69,15 @@ def build(program: str, *arguments: str, tree: Path = REPOSITORY) -> list[Path]:
     return [Path(line) for line in done.stdout.splitlines()]
 
 
-@functools.cache
 def debs(version: Optional[str] = None) -> dict[str, Path]:
     """The Debian packages by name, from a plain export."""
+    return _debs(version)  # called in whichever way, built once
+
+
+@functools.cache
+def _debs(version: Optional[str]) -> dict[str, Path]:
     name = version or "current"
-    tree = export(workplace() / f"source-{name}", version)
+    # Of its own each time: a build that is skipped is asked for again.
+    tree = export(Path(tempfile.mkdtemp(prefix=f"{name}-", dir=workplace())) / "source", version)
     made = build("build-deb", "--no-tests", "--out", str(workplace() / name), tree=tree)
     return {path.name.partition("_")[0]: path for path in made}

@@ -90,6 +90,14 @@ def test_it_is_installed_into_a_tree_and_taken_out_again(bundle: Path, tmp_path:
     assert said.stdout == f"vmr-agent {version.partition('-')[0]}\n"
     assert (root / "etc/systemd/system/multi-user.target.wants/vmr-agent.service").exists()
     assert (root / "var/launch").is_dir()
+    for each in (
+        "man/man1/vmr-agent.1",
+        "man/man5/vmr-agent.conf.5",
+        "bash-completion/completions/vmr-agent",
+        "zsh/site-functions/_vmr-agent",
+        "fish/vendor_completions.d/vmr-agent.fish",
+    ):
+        assert (root / "usr/local/share" / each).stat().st_size > 100
     # An upgrade: another version takes the command's place, and nobody uses the old one.
     (root / f"opt/vmr-agent/{version}").rename(root / "opt/vmr-agent/0.0-old")
     subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
