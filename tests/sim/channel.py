@@ -11,6 +11,7 @@ from typing import Any, Callable, Optional, Union
 
 from tests.sim.tasks import SECOND, Clock
 from vmr_agent.guest.port import PortState
+from vmr_agent.wire import framing
 
 SLOTS = 16
 PIECE = 4096  # the port gives at most so much in a read
@@ -31,6 +32,8 @@ class Channel:
         self.wake_guest: Callable[[], None] = lambda: None
         self.damage = 0.0
         """How probable it is that a piece is damaged on its way."""
+        self.lose_to_host = self.lose_to_guest = 0
+        """So many of the next frames are lost, each whole."""
         self.sockets = False
         """Stands in for a port: bytes are taken in parts, and the end is seen."""
         self._delivering = False
@@ -141,7 +144,7 @@ class Port:
         self._channel = channel
         self._sent = sent
         self._connects = -1
-        self._frame = b""  # taken so far
+        self._taken = framing.Decoder()
 
     def fileno(self) -> int:
         return -1
@@ -162,7 +165,7 @@ class Port:
             channel.guest_closed()
         elif channel.connected:
             if self.state is not PortState.UP:
-                self._frame = b""
+                self._taken.clear()
             self.state, self.reason = PortState.UP, ""
             self._connects = channel.connects
         else:
@@ -173,11 +176,14 @@ class Port:
         return self._channel.read()
 
     def write(self, data: Union[bytes, memoryview]) -> int:
-        taken = self._channel.write(bytes(data))
-        self._frame += data[:taken]
-        if taken == len(data):
-            frame, self._frame = self._frame, b""
-            self._sent(frame)
+        if self._channel.lose_to_host and not self._taken.pending:
+            self._channel.lose_to_host -= 1
+            taken = len(data)
+        else:
+            taken = self._channel.write(bytes(data))
+        for payload in self._taken.feed(bytes(data[:taken])):
+            assert isinstance(payload, bytes), "the guest writes what is no frame"
+            self._sent(payload)
         return taken
 
     def want_room(self, wanted: bool) -> None:
@@ -209,6 +215,13 @@ class Chardev:
     def _up(self) -> bool:
         return self._channel.chardev is self
 
+    @property
+    def full(self) -> bool:
+        return False
+
+    def bind(self) -> None:
+        pass
+
     def start(self) -> None:
         self._connect()
 
@@ -230,6 +243,9 @@ class Chardev:
     def write(self, frame: bytes) -> None:
         if self._up:
             self._sent(frame)
+            if self._channel.lose_to_guest:
+                self._channel.lose_to_guest -= 1
+                return
             self._channel.send(frame)
             if len(self._channel.to_guest) > UNREAD:
                 self.drop("the guest doesn't read")

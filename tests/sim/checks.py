@@ -8,12 +8,13 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator
-from typing import Any, Optional
+from collections.abc import Iterator, Sequence
+from typing import Any, AnyStr, Optional
 
 from tests.sim.disk import Directory, Disk, File, Link
 from tests.sim.guest import STATE, Script
 from tests.sim.host import LOGS, VM
+from vmr_agent.host import quota
 from vmr_agent.host.journal import LIFE, Kind, records
 from vmr_agent.runs import RunState, Stream, Trigger, run_path
 from vmr_agent.schedule import start_time_of
@@ -63,6 +64,22 @@ class Checks:
         script.trigger, script.holds = trigger, bool(info["holds"])  # type: ignore[attr-defined]
         self.executions.append(script)
         self.by_run.setdefault(script.run, []).append(script)
+
+    def goes_on(self, script: Script) -> None:
+        """One that a snapshot caught in mid-run: what had come to the spool is its beginning."""
+        world, earlier = self.world, self.by_run[script.run][-1]
+        world.say(f"{script.vmr.decode()} attempt {script.attempt} goes on (pid {script.pid})")
+        for stream in Stream:
+            path = f"{STATE}/runs/{run_path(script.vmr, script.attempt)}/{stream.filename}"
+            node = script.vm.disk.find(path)
+            if isinstance(node, File):  # of what is pruned the spool has zeros
+                script.written[stream] += (
+                    earlier.written[stream][: node.punched] + node.content[node.punched :]
+                )
+        script.trigger, script.holds = earlier.trigger, earlier.holds  # type: ignore[attr-defined]
+        # In its place: it was executed once.
+        self.executions = [each for each in self.executions if each is not earlier] + [script]
+        self.by_run[script.run].append(script)
 
     def _cause(self, script: Script, trigger: Trigger, same: list[Script], name: str) -> None:
         """No VMR runs twice without cause."""
@@ -133,8 +150,7 @@ class Checks:
 
     # --- frames
 
-    def guest_sent(self, frame: bytes) -> None:
-        payload = frame[_HEADER:]
+    def guest_sent(self, payload: bytes) -> None:
         if payload.startswith(_OUTPUT):
             return
         message = messages.unpack(payload).message
@@ -147,25 +163,33 @@ class Checks:
 
     def _gap(self, message: messages.Gap) -> None:
         label = self.labels[message.run]
-        self.world.say(f"gap: {label[0].decode()} {message.stream} {message.offset}+{message.length}")
+        self.world.say(
+            f"gap: {label[0].decode()} {message.stream} {message.offset}+{message.length} {message.reason}"
+        )
         key = (message.run, message.stream)
         self.gaps.setdefault(key, []).append((message.offset, message.offset + message.length))
         stream = Stream(message.stream)
         node = self.world.vm.disk.find(f"{STATE}/runs/{run_path(*label)}/{stream.filename}")
-        if isinstance(node, File) and message.offset + message.length > node.punched:
-            start = max(message.offset, node.punched)
-            if start < min(len(node.content), message.offset + message.length):
-                self.world.violated(f"a gap is told of bytes that the spool has, from {start} on")
+        begin, end = message.offset, message.offset + message.length
+        noted = self.world.vm.disk.find(f"{STATE}/runs/{run_path(*label)}/pruned")
+        pruned = int(noted.target.split()[message.stream - 1]) if isinstance(noted, Link) else 0
+        if isinstance(node, File) and any(node.content[max(begin, pruned) : end]):
+            self.world.violated(f"a gap is told of bytes that the spool has, from {begin} on")
         row = self.record(self.world.vm.disk, f"{STATE}/runs/{run_path(*label)}", "exit.json")
         counted = row[stream.filename] if row is not None and row["ending"] in ("code", "signal") else 0
-        if message.offset < counted and not self._may_lose(node, message):
+        if message.offset < counted and not self._may_lose(node, message, pruned):
             self.world.violated(f"bytes that {label[0].decode()}'s end counts are lost")
 
-    def _may_lose(self, node: Any, message: messages.Gap) -> bool:
-        """Whether what an end counts may be missing: held in memory for want of space, or pruned before."""
+    def _may_lose(self, node: Any, message: messages.Gap, noted: int) -> bool:
+        """Whether what an end counts may be missing: held in memory for want of space, or pruned before.
+
+        It counts as pruned when that is noted: a power cut may undo the hole and not the note.
+        """
         happened = self.world.happened
-        pruned = isinstance(node, File) and message.offset + message.length <= node.punched
-        return pruned or "guest disk full" in happened or "guest sync fails" in happened
+        end = message.offset + message.length
+        pruned = end <= noted
+        dropped = self.world.plan.drop and isinstance(node, File) and end <= len(node.content)
+        return pruned or dropped or "guest disk full" in happened
 
     def _exit(self, message: messages.Exit) -> None:
         label = self.labels[message.run]
@@ -260,15 +284,16 @@ class Checks:
         if isinstance(open_links, Directory) and open_links.names:
             targets = [each.target for each in open_links.names.values() if isinstance(each, Link)]
             return f"links in open/: {targets}"
-        if not running._session.open:
+        if not running._link.open:
             return "no session"
         for vmr in world.vm.staged():
-            entry = running._roster.get(vmr.encode())
+            entry = running._supervisor.roster.get(vmr.encode())
             if entry is None or entry.vmr is None:
                 return f"{vmr} is not seen"
             if entry.latest is None and start_time_of(entry.name) > 0 and "clock" in world.happened:
                 continue  # after a reboot only a clock that was set can tell when its time comes
-            if entry.latest is None or entry.latest.closed() is None:
+            # What the host has whole needs no `closed` here: it may have learned of it in another past.
+            if entry.latest is None or entry.latest.result() is None:
                 return f"{vmr} has not run"
         if not running._spool.configured():
             return "not configured"
@@ -276,6 +301,30 @@ class Checks:
         if note is None or not self._rendered(note):
             return "the logs are behind"
         return ""
+
+    def quota(self) -> None:
+        """A VM takes no more on the host than it may, and what sessions and ends of runs need."""
+        world = self.world
+        limit = world.plan.quota
+        if not limit or world.healing:
+            return
+        most = limit + max(quota.RESERVE, limit // 16) + 4 * world.plan.constants["chunk"] + 10_000
+        top = world.host.disk.find(LOGS)
+        taken = sum(_taken(entry) for name, entry in top.names.items() if name.startswith(VM))
+        if taken > most:
+            world.violated(f"{taken} bytes on the host, and {limit} is the quota")
+        if world.host.guest is not None and world.host.guest.over_quota:
+            world.happened["over quota"] = 1
+
+    def full_of_history(self) -> bool:
+        """Whether scripts wait, or more, for want of room that what always stays has taken."""
+        running = self.world.vm.daemon
+        spool = running._spool if running is not None else None
+        if spool is None or not spool._full or spool._prunable or self.world.vm.settings.overflow_drop:
+            return False
+        self.world.vm._activate()
+        held = {run: running._shipper.acked(run.info.run) for run in spool.open_runs()}
+        return all(known is not None and run.lengths() == known[1:] for run, known in held.items())
 
     def _note(self) -> Optional[dict[str, Any]]:
         content = self.world.host.disk.content(f"{LOGS}/.{VM}.rendered")
@@ -353,6 +402,9 @@ class Checks:
                 spooled = bytes(node.content) if isinstance(node, File) else b""
                 begin = node.punched if isinstance(node, File) else 0
                 held = world.host.disk.content(f"{LOGS}/{life}/{path}/{stream.filename}") or b""
+                if behind and len(held) > len(spooled):
+                    # That these are of another past it could only see while it ran, and then it could not note it.
+                    continue
                 if held[begin : len(spooled)] != spooled[begin:] and not _matches(
                     held[begin : len(spooled)],
                     spooled[begin:],
@@ -361,7 +413,7 @@ class Checks:
                     world.violated(
                         f"{path} {stream.filename}: the host's {len(held)} bytes are not the spool's"
                     )
-                whole = ours["ending"] in ("code", "signal") and not gaps[stream.filename]
+                whole = ours["ending"] in ("code", "signal")
                 scripts = [
                     s
                     for s in self.executions
@@ -370,11 +422,11 @@ class Checks:
                 capture_ended = (
                     "closed" in directory.names and json.loads(directory.names["closed"].content)["reason"]
                 )
-                if whole and scripts and not capture_ended and held != scripts[-1].written[stream]:
-                    world.violated(
-                        f"{path} {stream.filename}: {len(held)} bytes, the script wrote "
-                        f"{len(scripts[-1].written[stream])}"
-                    )
+                if not whole or not scripts or capture_ended:
+                    continue
+                wrote, told = scripts[-1].written[stream], gaps[stream.filename]
+                if len(held) != len(wrote) or not _matches(held, wrote, told):
+                    world.violated(f"{path} {stream.filename}: {len(held)} bytes, {len(wrote)} were written")
 
     def _logs(self, lives: list[str]) -> None:
         """Each output byte is in `.log`, and its text in `.json`, once and in order."""
@@ -390,9 +442,8 @@ class Checks:
             row = json.loads(line)
             at = (row["vmr"], row["attempt"], row["stream"])
             texts[at] = texts.get(at, "") + str(row["msg"])
-        whole: dict[tuple[int, str], bytes] = {}
-        expected: dict[tuple[str, int, str], str] = {}
-        behind: set[Any] = set()
+        stored: dict[tuple[int, str], list[tuple[bytes, bool]]] = {}
+        expected: dict[tuple[str, int, str], list[tuple[str, bool]]] = {}
         for life in lives:
             for path, row in self._results(life):
                 gaps = [gap for gap in row["gaps"]]
@@ -400,39 +451,69 @@ class Checks:
                     raw = disk.content(f"{LOGS}/{life}/{path}/{stream.filename}") or b""
                     for gap in reversed([g for g in gaps if g["stream"] == stream.filename]):
                         raw = raw[: gap["offset"]] + raw[gap["offset"] + gap["length"] :]
-                    if not row["closed"]:
-                        # Nobody may ever end it: its VM was set back to before it. A last line may be held back.
-                        behind |= {
-                            (row["pid"], stream.filename),
-                            (row["vmr"], row["attempt"], stream.filename),
-                        }
-                    if raw:
-                        key = (row["pid"], stream.filename)
-                        whole[key] = whole.get(key, b"") + raw
-                        at = (row["vmr"], row["attempt"], stream.filename)
-                        expected[at] = expected.get(at, "") + raw.decode()
-        for key in sorted(whole.keys() | shown.keys()):
-            stored, logged = whole.get(key, b""), bytes(shown.get(key, b""))
-            if stored != logged and not (key in behind and stored.startswith(logged)):
-                self.world.violated(f"{key}: {len(stored)} bytes stored, {len(logged)} in the log")
+                    # Nobody may ever end it: its VM was set back to before it. A last line may be held back.
+                    whole = row["closed"]
+                    stored.setdefault((row["pid"], stream.filename), []).append((raw, whole))
+                    at = (row["vmr"], row["attempt"], stream.filename)
+                    expected.setdefault(at, []).append(("".join(raw.decode().split()), whole))
+        for key in sorted(stored.keys() | shown.keys()):
+            logged = bytes(shown.get(key, b""))
+            if not _in_order(stored.get(key, []), logged):
+                sizes = [len(piece) for piece, _ in stored.get(key, [])]
+                self.world.violated(f"{key}: {sizes} bytes stored, {len(logged)} in the log")
         for at in sorted(expected.keys() | texts.keys()):
-            words, rows = ("".join(each.get(at, "").split()) for each in (expected, texts))
-            if words != rows and not (at in behind and words.startswith(rows)):
+            if not _in_order(expected.get(at, []), "".join(texts.get(at, "").split())):
                 self.world.violated(f"{at}: the rows of .json are not what was stored")
 
     def _results(self, life: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The rows of a life. After a power cut there may be one that its journal doesn't know."""
         top = self.world.host.disk.find(f"{LOGS}/{life}")
         assert isinstance(top, Directory)
+        cut = any("power cut" in what and ("host" in what or "coll" in what) for what in self.world.happened)
+        known = self._journaled(life)
         for start_time, names in top.names.items():
             for name, attempts in names.names.items() if isinstance(names, Directory) else ():
                 for attempt, directory in attempts.names.items():
-                    if "result.json" in directory.names:
+                    counts = not cut or (f"{start_time}/{name}".encode(), int(attempt)) in known
+                    if counts and "result.json" in directory.names:
                         row = json.loads(directory.names["result.json"].content)
                         yield f"{start_time}/{name}/{attempt}", row
 
+    def _journaled(self, life: str) -> set[tuple[bytes, int]]:
+        content = self.world.host.disk.content(f"{LOGS}/{life}/.journal") or b""
+        runs = (messages.unpack(body).message for _, kind, body in records(content) if kind == Kind.RUN)
+        return {(run.vmr, run.attempt) for run in runs if isinstance(run, messages.Run)}
+
+
+def _taken(entry: Any) -> int:
+    """Bytes that a tree takes; of output, those that are none of a hole."""
+    if isinstance(entry, Directory):
+        return sum(map(_taken, entry.names.values()))
+    return len(entry.content) - entry.content.count(0) if isinstance(entry, File) else 0
+
+
+def _shared(one: AnyStr, other: AnyStr) -> int:
+    """How long the beginning is that they share."""
+    return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def _in_order(pieces: Sequence[tuple[AnyStr, bool]], shown: AnyStr) -> bool:
+    """Whether this is one piece after the other, each to its end but those that needn't be whole."""
+    ends = {0}
+    for piece, whole in pieces:
+        if whole:
+            ends = {end + len(piece) for end in ends if shown.startswith(piece, end)}
+        else:
+            ends = {
+                end + length
+                for end in ends
+                for length in range(1 + _shared(piece, shown[end : end + len(piece)]))
+            }
+    return len(shown) in ends
+
 
 def _matches(held: bytes, truth: bytes, gaps: list[tuple[int, int]]) -> bool:
-    """Whether these are the true bytes, or zeros where a gap was told."""
+    """Whether these are the true bytes, or zeros where a gap was told, in this life or in another."""
     at = 0
     for begin, end in sorted(gaps):
         begin, end = max(begin, at), min(end, len(held))
@@ -440,7 +521,9 @@ def _matches(held: bytes, truth: bytes, gaps: list[tuple[int, int]]) -> bool:
             continue
         if held[at:begin] != truth[at:begin]:
             return False
-        if any(held[begin:end]) and held[begin:end] != truth[begin:end]:
+        if any(byte not in (0, true) for byte, true in zip(held[begin:end], truth[begin:end])):
+            return False
+        if any(held[max(begin, len(truth)) : end]):
             return False
         at = end
     return held[at:] == truth[at : len(held)]

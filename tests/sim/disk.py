@@ -5,24 +5,31 @@ names. A sync makes one file's content, or one directory's names, survive; nothi
 each file some of the changes since its last sync and of each directory the first few, by the dice: more than any
 file system we know takes, and no less.
 
-What is assumed of a file opened with O_APPEND alone, a stream in the spool: bytes come to the disk in their order.
+What is assumed of a file opened with O_APPEND alone, a stream in the spool: bytes come to the disk in their order;
+and a power cut between a sync that failed and one that did not takes all since the last that did not. (It might
+leave zeros: nobody would see that they are none of the script's.)
 It must not know: descriptors, processes, paths; those are the kernel's.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 import stat
 from typing import Optional, Union
 
 PAGE = 4096
+BLOCK = 4_096
 TICK_NS = 4_000_000  # the kernel's clock, which stamps files
 
 
 def fail(number: int) -> OSError:
-    return OSError(number, os.strerror(number))
+    return OSError(number, _strerror(number))
+
+
+_strerror = functools.lru_cache(os.strerror)
 
 
 Change = tuple[str, int, bytes]
@@ -62,7 +69,7 @@ class Node:
 
 
 class File(Node):
-    __slots__ = ("appends", "changes", "content", "durable", "punched")
+    __slots__ = ("appends", "changes", "content", "durable", "failed", "punched")
 
     def __init__(self, disk: Disk, mode: int) -> None:
         super().__init__(disk, stat.S_IFREG | mode)
@@ -71,6 +78,7 @@ class File(Node):
         self.changes: list[Change] = []
         self.punched = 0
         self.appends = False
+        self.failed = -1  # the durable length when a sync failed, if none has been well since
 
     @property
     def blocks(self) -> int:
@@ -85,20 +93,26 @@ class File(Node):
     def sync(self) -> None:
         if self.changes:
             if self.disk.fails_sync():
-                if self.appends:  # nobody has a stream's bytes a second time: this one is not lost
-                    raise fail(errno.EIO)
                 # The kernel says so once, then calls the pages clean: what was written is on no disk. A size is.
+                if self.failed < 0:
+                    self.failed = len(self.durable)
                 for change in self.changes:
                     if change[0] != "write":
                         _apply(self.durable, change)
-                _apply(self.durable, ("size", len(self.content), b""))
+                if not self.appends:
+                    _apply(self.durable, ("size", len(self.content), b""))
                 self.changes.clear()
                 raise fail(errno.EIO)
             for change in self.changes:
                 _apply(self.durable, change)
             self.changes.clear()
+        self.failed = -1
 
     def lose_power(self, dice: random.Random) -> None:
+        if self.appends and self.failed >= 0:
+            del self.durable[self.failed :]
+            self.changes = []
+        self.failed = -1
         changes = self.changes
         if changes:
             how = dice.random()
@@ -113,6 +127,10 @@ class File(Node):
             for number, change in enumerate(kept):
                 torn = number == len(kept) - 1 and change[0] == "write" and dice.random() < 0.5
                 _apply(self.durable, change, dice.randrange(len(change[2]) + 1) if torn else None)
+            # As ext4 does within a block, where the sync of another file made the new size durable and not the bytes.
+            if self.appends and len(self.content) > len(self.durable) > 0 and dice.random() < 0.3:
+                room = -len(self.durable) % BLOCK
+                self.durable += bytes(min(room, len(self.content) - len(self.durable)))
             self.changes = []
         self.content = bytearray(self.durable)
         self.punched = min(self.punched, len(self.content))
@@ -121,7 +139,8 @@ class File(Node):
         twin = File.__new__(File)
         _copy_node(self, twin, disk)
         twin.content, twin.durable = bytearray(self.content), bytearray(self.content)
-        twin.changes, twin.punched, twin.appends = [], self.punched, self.appends
+        twin.changes, twin.punched = [], self.punched
+        twin.appends, twin.failed = self.appends, -1
         return twin
 
 
@@ -279,6 +298,9 @@ class Disk:
 def _sync_below(node: Entry) -> None:
     if isinstance(node, Link):
         return
+    if isinstance(node, File) and node.failed >= 0:
+        node.durable[:] = node.content  # what no sync would bring back is there still
+        node.changes.clear()
     node.sync()
     if isinstance(node, Directory):
         for entry in node.names.values():

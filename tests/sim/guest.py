@@ -7,6 +7,7 @@ are what is below or beside them: the fork server (an order in, a shim out), the
 from __future__ import annotations
 
 import fcntl as real_fcntl
+import json
 import os as real_os
 import resource as real_resource
 import stat
@@ -21,7 +22,19 @@ from tests.sim.disk import Directory, Disk, File
 from tests.sim.kernel import Killed, Locks, Pipe, Process, make_path, rmtree
 from tests.sim.tasks import SECOND, Task, Time
 from vmr_agent.errors import Problem
-from vmr_agent.guest import daemon, runner, shim, spool, watcher
+from vmr_agent.guest import (
+    daemon,
+    gaps,
+    link,
+    machine,
+    reboot,
+    runner,
+    runtime,
+    shim,
+    spool,
+    supervisor,
+    watcher,
+)
 from vmr_agent.guest.events import Hints
 from vmr_agent.guest.settings import Settings
 from vmr_agent.runs import Stream
@@ -60,7 +73,7 @@ class Script:
         if not self.alive or self.executes:
             return
         if b"g" in self.go.data:
-            number = self.world.executed(self)
+            number = self.world.goes_on(self) if self.shim.script_pid else self.world.executed(self)
             if number:
                 self.failed.data += number.to_bytes(4, "little")
                 self._end(127 << 8)
@@ -132,10 +145,10 @@ class Script:
         """Leave a child behind that holds stdout, and writes to it before it ends."""
         pipe = self.pipes[Stream.STDOUT]
         pipe.writers += 1
-        boot = self.vm.boot
+        powered = self.vm.powered
 
         def end() -> None:
-            if self.vm.boot == boot and pipe.writers:
+            if self.vm.powered == powered and pipe.writers:
                 if pipe.readers:
                     taken = data[: max(0, pipe.capacity - len(pipe.data))]
                     pipe.data += taken
@@ -178,7 +191,8 @@ class ShimProcess(Process):
     def fork(self) -> int:
         self.enter()
         _, stdout, stderr, go, failed = self.pipes
-        self.script = Script(self.shim.vm, self.shim, self.shim.vm.next_pid(), [stdout, stderr, go, failed])
+        pid = self.shim.script_pid or self.shim.vm.next_pid()
+        self.script = Script(self.shim.vm, self.shim, pid, [stdout, stderr, go, failed])
         self.shim.vm.scripts[self.script.pid] = self.script
         return self.script.pid
 
@@ -230,6 +244,9 @@ class ShimProcess(Process):
 class Shim:
     """One shim: `guest.shim`'s code, in a task."""
 
+    script_pid = 0
+    """The script's, where it runs already."""
+
     def __init__(self, vm: Vm, order: list[bytes]) -> None:
         self.vm = vm
         self.order = order
@@ -267,7 +284,7 @@ class Shim:
         except OSError:
             return
         try:
-            shim.Shim(self.order, self.vm.kicks).run()  # type: ignore[arg-type]
+            self._hold(shim.Shim(self.order, self.vm.kicks))  # type: ignore[arg-type]
         except shim.Waits as no:
             shim._note("blocked", str(no))
         except Exception as bug:
@@ -276,11 +293,47 @@ class Shim:
             self.vm.world.say(f"a shim failed: {bug!r}")
             shim._note("failed", f"{type(bug).__name__}: {bug}")
 
+    def _hold(self, made: shim.Shim) -> None:
+        made.run()
+
     def kill(self) -> None:
         self.process.die()
         if not self.task.done:
             self.vm.world.clock.after(0, self.task.resume) if self.task.waits else None
             self.task.waits = False
+
+
+class RestoredShim(Shim):
+    """One that a snapshot caught in mid-run. It goes on, and its script does, and says something else than before."""
+
+    def __init__(self, vm: Vm, order: list[bytes], script_pid: int) -> None:
+        self.script_pid = script_pid
+        super().__init__(vm, order)
+        self._trap, self.process.trap = self.process.trap, 1 << 60
+
+    def _hold(self, made: shim.Shim) -> None:
+        """As Shim.run(), with what that found out or made long ago."""
+        os = self.process
+        lock = os.open("lock", real_os.O_RDWR)
+        os.lockf(lock, real_fcntl.LOCK_EX | real_fcntl.LOCK_NB)
+        made._listen_for_deaths()
+        made._open()
+        for stream in made.streams:
+            stream.spooled = os.fstat(stream.file).st_size
+        made.record_at = (
+            os.fstat(made.index).st_size // shim.RECORD.size * shim.RECORD.size - shim.RECORD.size
+        )
+        process = json.loads(shim._read("started"))["process"]
+        made.started_ns, made.started_boottime_ns = process["wall_ns"], process["boottime_ns"]
+        go_end, go = os.pipe()
+        failed, failed_end = os.pipe()
+        made.pid = os.fork()
+        for fd in (go_end, failed, failed_end, *(stream.script_end for stream in made.streams)):
+            os.close(fd)
+        os.write(go, b"g")
+        os.close(go)
+        os.trap = os.calls + self._trap  # not before: it was there all the time
+        made._pump()
 
 
 def fcntl_of(process: Process) -> types.SimpleNamespace:
@@ -357,7 +410,7 @@ class SimRunner(runner.Runner):
     def _start_server(self) -> None:
         vm = SimRunner.vm
         self._server_started = runner.time.monotonic()
-        self._orders = vm.fork_server  # type: ignore[assignment]
+        self._orders = ForkServer(vm)  # type: ignore[assignment]
 
     def _stop_server(self) -> Optional[int]:
         self._orders = None
@@ -365,8 +418,11 @@ class SimRunner(runner.Runner):
 
 
 class ForkServer:
+    """The daemon's end of it. Its orders wait in a queue, and are taken one after the other."""
+
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
+        self._busy_until = 0
 
     def fileno(self) -> int:
         return -1
@@ -376,16 +432,19 @@ class ForkServer:
 
     def send(self, order: bytes) -> None:
         world = self.vm.world
-        boot = self.vm.boot
+        powered = self.vm.powered
         if world.dice.random() < world.plan.lost_orders:
             return  # it was killed with the order in its queue
 
         def fork() -> None:
-            if self.vm.boot == boot and self.vm.up:
+            if self.vm.powered == powered and self.vm.up:
                 self.vm.shims.append(Shim(self.vm, order.split(b"\0")))
 
-        slow = world.dice.choice((0.01,) * 9 + (2.5,))  # so slow that the order is given again
-        world.clock.after(world.dice.random() * slow, fork)
+        now = world.clock.now
+        self._busy_until = max(self._busy_until, now)
+        if world.dice.random() < 0.1:  # so slow that the order is given again
+            self._busy_until += int(world.dice.random() * 2.5 * SECOND)
+        world.clock.after((self._busy_until - now) / SECOND + world.dice.random() * 0.01, fork)
 
 
 class _Selector:
@@ -404,11 +463,13 @@ class _Listener:
 class Reboot:
     """The command that reboots: it takes a moment, and then there is no daemon to see its status."""
 
+    pid = 0
+
     def __init__(self, vm: Vm) -> None:
         vm.world.say("the daemon reboots the VM")
         vm.world.reboots_wanted += 1
-        boot = vm.boot
-        vm.world.clock.after(0.5, lambda: vm.reboot("asked for") if vm.boot == boot and vm.up else None)
+        powered = vm.powered
+        vm.world.clock.after(0.5, lambda: vm.reboot("asked for") if vm.powered == powered and vm.up else None)
 
     def poll(self) -> Optional[int]:
         return None
@@ -424,7 +485,6 @@ class Vm:
         self.disk = Disk("guest", self.wall_ns)
         self.locks = Locks()
         self.kicks = Kicks(self)
-        self.fork_server = ForkServer(self)
         self.events: Optional[Events] = None
         self.daemon: Optional[daemon.Daemon] = None
         self.process: Optional[Process] = None
@@ -436,7 +496,7 @@ class Vm:
         self.up = False
         self.pipe_capacity = world.dice.choice((512, 4096, 65_536))
         self._pid = 100
-        self._boots = 0
+        self.powered = 0  # how often: a boot that was restored is another
         self._next_turn = 0
         self.settings = Settings(
             launch_dir=Path(LAUNCH),
@@ -446,6 +506,7 @@ class Vm:
             settle=0.02,
             quiet=world.plan.quiet,
             spool_limit=world.plan.spool_limit,
+            overflow_drop=world.plan.drop,
             keep_files=0,
             max_reboots=3,
             reboot_command=("reboot",),
@@ -469,8 +530,8 @@ class Vm:
         return self._pid
 
     def power_on(self, *, boot: str = "", booted: Optional[int] = None) -> None:
-        self._boots += 1
-        self.boot = boot or f"boot-{self._boots}"
+        self.powered += 1
+        self.boot = boot or f"boot-{self.powered}"
         self.booted = self.world.clock.now - 5 * SECOND if booted is None else booted
         self.up = True
         self.world.say(f"the VM boots ({self.boot})")
@@ -506,10 +567,10 @@ class Vm:
     # --- the daemon
 
     def start_daemon_in(self, seconds: float) -> None:
-        boot = self.boot
+        powered = self.powered
 
         def start() -> None:
-            if self.up and self.boot == boot and self.daemon is None:
+            if self.up and self.powered == powered and self.daemon is None:
                 self._start_daemon()
 
         self.world.clock.after(seconds, start)
@@ -519,7 +580,7 @@ class Vm:
         if _the.get("daemon") is self.process:
             return
         _the["daemon"] = self.process
-        for module in (daemon, spool, runner, watcher):
+        for module in (machine, daemon, link, reboot, supervisor, spool, gaps, runner, watcher):
             vars(module)["os"] = self.process
             if "time" in vars(module):
                 vars(module)["time"] = Time(self.world.clock, self)
@@ -539,8 +600,7 @@ class Vm:
         try:
             try:
                 made = daemon.Daemon(self.settings, log=self._log)
-                made._find_runs()
-                made._watcher.start()
+                made.begin()
             except Killed:
                 self._daemon_died()
                 return
@@ -586,12 +646,9 @@ class Vm:
         self._activate()
         try:
             if self.kicks.queue:
-                running._try(running._take_kicks)
-            now = daemon.boottime()
-            running._try(running._look, now)
-            running._try(running._decide_if_due, now)
-            running._try(running._ship, now)
-            timeout = running._timeout()
+                running._try(running.take_kicks)
+            running.turn()
+            timeout = running.timeout()
         except Killed:
             self._daemon_died()
             return
@@ -613,6 +670,17 @@ class Vm:
     def kill_daemon(self) -> None:
         if self.process is not None:
             self._daemon_died()
+
+    def under_way(self) -> list[tuple[list[bytes], int]]:
+        """(order, pid of the script) of each shim that has its script running, and has dropped nothing."""
+        found = []
+        for each in self.shims:
+            script = each.process.script
+            if any(self.disk.content(f"{real_os.fsdecode(each.order[1])}/gaps") or b""):
+                continue
+            if not each.process.dead and script is not None and script.executes and script.alive:
+                found.append((each.order, script.pid))
+        return found
 
     def kill_shim(self) -> None:
         live = [each for each in self.shims if not each.process.dead]
@@ -694,9 +762,6 @@ class Processes:
         self._vm.world.clock.after(0.001, lambda: script.kill(int(number)))
         return {script.pid: "script"}
 
-    def health(self, path: Any) -> dict[str, Any]:
-        return {}
-
 
 class Files:
     """`guest.files.Files`: transfers are no part of this."""
@@ -707,6 +772,9 @@ class Files:
     def knows(self, verb: str) -> bool:
         return False
 
+    def go(self) -> None:
+        pass
+
 
 def _patch(vm: Vm, process: Process) -> None:
     """Put the simulation in the place of what the guest's modules import."""
@@ -714,7 +782,17 @@ def _patch(vm: Vm, process: Process) -> None:
     shim.start_ticks = lambda pid: pid  # type: ignore[assignment]
     shim.mmap = types.SimpleNamespace(mmap=lambda _, size: bytearray(size))  # type: ignore[assignment]
     shim.explain = lambda number, script: f"errno {number}"  # type: ignore[assignment]
-    modules: Any = types.SimpleNamespace(daemon=daemon, spool=spool, runner=runner, watcher=watcher)
+    modules: Any = types.SimpleNamespace(
+        machine=machine,
+        runtime=runtime,
+        daemon=daemon,
+        link=link,
+        reboot=reboot,
+        supervisor=supervisor,
+        spool=spool,
+        runner=runner,
+        watcher=watcher,
+    )
     modules.spool.fcntl = fcntl_of(process)
     modules.spool.Path = Path
     modules.spool.shutil = types.SimpleNamespace(
@@ -723,21 +801,23 @@ def _patch(vm: Vm, process: Process) -> None:
     modules.spool._punch = lambda path, upto: _punch(vm, process, path, upto)
     modules.watcher.Events = Events
     modules.runner.Path = Path
-    modules.runner.processes = modules.daemon.processes = Processes(vm)
-    modules.daemon.Runner = SimRunner
+    modules.runner.processes = modules.supervisor.processes = Processes(vm)
+    modules.supervisor.Runner = SimRunner
+    modules.supervisor.Supervisor._keep_files = lambda self, run: None
+    modules.supervisor.socket = types.SimpleNamespace(gethostname=lambda: "vm")
     modules.daemon.Files = Files
-    modules.daemon.Port = lambda spec: Port(vm.channel, vm.world.guest_sent)
-    modules.daemon.boot_id = lambda: vm.boot
-    modules.daemon._machine_id = lambda: "machine"
-    modules.daemon._make_runtime = lambda path: path
-    modules.daemon._lock_runtime = lambda path: -1
-    modules.daemon._kick_socket = lambda path: vm.kicks
-    modules.daemon._control_socket = lambda path: _Listener()
-    modules.daemon.notify = lambda state: None
     modules.daemon.selectors = types.SimpleNamespace(DefaultSelector=_Selector, EVENT_READ=1)
     modules.daemon.socket = types.SimpleNamespace(gethostname=lambda: "vm")
-    modules.daemon.subprocess = types.SimpleNamespace(Popen=lambda *_, **__: Reboot(vm), DEVNULL=-3)
-    modules.daemon.Daemon._keep_files = lambda self, run: None
+    modules.link.Port = lambda spec: Port(vm.channel, vm.world.guest_sent)
+    modules.machine.boot_id = lambda: vm.boot
+    modules.machine.health = lambda path: {}
+    modules.machine.machine_id = lambda: "machine"
+    modules.machine.notify = lambda state: None
+    modules.runtime.make = lambda path: path
+    modules.runtime.lock = lambda path: -1
+    modules.runtime.kick_socket = lambda path: vm.kicks
+    modules.runtime.control_socket = lambda path: _Listener()
+    modules.reboot.subprocess = types.SimpleNamespace(Popen=lambda *_, **__: Reboot(vm), DEVNULL=-3)
 
 
 def _punch(vm: Vm, process: Process, path: Any, upto: int) -> None:

@@ -17,7 +17,7 @@ from tests.sim.guest import fcntl_of
 from tests.sim.kernel import Killed, Locks, Opened, Pipe, Process, make_path
 from tests.sim.tasks import Task, Time
 from vmr_agent.errors import Problem
-from vmr_agent.host import collector, journal, life, logstore, renderer, vmlogs
+from vmr_agent.host import collector, journal, life, logstore, quota, renderer, vmlogs
 
 LOGS = "/logs"
 VM = "vm"
@@ -103,6 +103,10 @@ class Loop:
         slow = self._host.world.dice.choice((0.001, 0.01, 0.2))
         self._host.world.clock.after(self._host.world.dice.random() * slow, work)
         return future
+
+    def in_background(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """As Collector.in_background()."""
+        self.call_later(self._host.world.dice.random() * 0.05, lambda: self.call_later(0.001, then, work()))
 
     def drive(self, coroutine: Any) -> None:
         """As a task."""
@@ -205,19 +209,23 @@ class Host:
         """As Collector.run()."""
         source = collector.Source(VM, Path("/chardev"))
         made = collector.Collector(
-            Path(LOGS), [source], control_path=Path("/control"), expect=1, start_buffer=self.world.plan.buffer
+            Path(LOGS),
+            [source],
+            control_path=Path("/control"),
+            expect=1,
+            start_buffer=self.world.plan.buffer,
+            quota=0 if self.world.healing else self.world.plan.quota,
         )
+        made.in_background = loop.in_background  # type: ignore[method-assign]
         try:
-            made.guests[VM] = collector.Guest(
-                source, logstore.LogStore(Path(LOGS), VM, log=collector.say), made
-            )
+            made.guests[VM] = collector.Guest(source, made._store(VM), made)
         except Problem as problem:
             self.world.say(f"the collector can't start: {problem}")
             self._collector_died(restart=1.0)
             return
         made._start_renderer()
         self.collector = made
-        made.guests[VM].chardev.start()
+        made.guests[VM].start()
         loop.drive(made._tick())
         loop.drive(made._sweeps())
 
@@ -232,7 +240,7 @@ class Host:
             self._collector_died(restart=0.2)
 
     def _activate(self, process: Process) -> None:
-        for module in (collector, logstore, life, journal):
+        for module in (collector, logstore, life, journal, quota):
             vars(module)["os"] = process
         _the["host"] = process
         clock = Time(self.world.clock, self)

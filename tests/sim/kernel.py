@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import errno
 import fcntl as real_fcntl
+import functools
 import os as real_os
 import posixpath
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable, Optional, Union
 
 from tests.sim.disk import PAGE, Directory, Disk, Entry, File, Link, fail
@@ -100,7 +101,7 @@ def _stat(entry: Entry) -> real_os.stat_result:
     if isinstance(entry, File):
         size, blocks = len(entry.content), entry.blocks
     else:
-        size, blocks = PAGE, PAGE // 512
+        size, blocks = PAGE, 1
     mtime, ctime = entry.mtime, entry.ctime
     head = (entry.mode, entry.ino, 7, entry.nlink, entry.uid, 0, size, 0, mtime // 10**9, ctime // 10**9)
     more = (0.0, mtime / 1e9, ctime / 1e9, 0, mtime, ctime, PAGE, blocks, 0)
@@ -108,8 +109,15 @@ def _stat(entry: Entry) -> real_os.stat_result:
 
 
 def _text(path: Any) -> str:
+    if type(path) is str:
+        return path
     path = real_os.fspath(path)
     return path if isinstance(path, str) else real_os.fsdecode(path)
+
+
+@functools.lru_cache(10_000)
+def _parts(path: str) -> tuple[str, ...]:
+    return tuple(part for part in path.split("/") if part and part != ".")
 
 
 class _Names:
@@ -187,9 +195,22 @@ class Process:
     def walk(
         self, path: str, *, base: Optional[Directory] = None, follow: bool = True, depth: int = 0
     ) -> Entry:
-        node: Entry = self.disk.root if path.startswith("/") else (base or self.cwd)
+        begin: Entry = self.disk.root if path[:1] == "/" else (base or self.cwd)
+        parts = _parts(path)
+        node = begin
+        for part in parts:  # nearly always this is all
+            found = node.names.get(part) if type(node) is Directory else None
+            if found is None and part != ".." and type(node) is Directory:
+                raise fail(errno.ENOENT)
+            if found is None or type(found) is Link:
+                break
+            node = found
+        else:
+            return node
+        return self._walk_slowly(begin, parts, follow, depth)
+
+    def _walk_slowly(self, node: Entry, parts: Sequence[str], follow: bool, depth: int) -> Entry:
         trail: list[Entry] = [node]
-        parts = [part for part in path.split("/") if part and part != "."]
         for number, part in enumerate(parts):
             if not isinstance(node, Directory):
                 raise fail(errno.ENOTDIR)

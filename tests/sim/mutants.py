@@ -9,10 +9,10 @@ import inspect
 import sys
 import textwrap
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from vmr_agent import schedule
-from vmr_agent.guest import daemon, roster, runner, shim, shipper, spool
+from vmr_agent.guest import roster, runner, shim, shipper, spool, supervisor
 from vmr_agent.host import collector, life, logstore, renderer, vmlogs
 from vmr_agent.wire import framing, session
 
@@ -26,9 +26,28 @@ class Mutant(NamedTuple):
     new: str
     seeds: int = 200
     """Within so many it is found."""
+    needs: Callable[[Any], object] = lambda _: True
+    """Of what kind a history, by its plan, must be to find it: no others are tried."""
+
+
+def _with(*faults: str) -> Callable[[Any], object]:
+    """A history in which all of these go wrong."""
+    return lambda plan: all(kind in plan.faults for kind in faults)
+
+
+def _drops(plan: Any) -> object:
+    return plan.drop and plan.spool_limit and (plan.traps["shim"] or "power cut" in plan.faults)
+
+
+def _fills(plan: Any) -> object:
+    return plan.spool_limit and not plan.drop
 
 
 MUTANTS: dict[str, Mutant] = {
+    # Not found in thousands of histories, for each needs two rare things in one moment, and so not here: no sync at an
+    # end that a failed sync held up, a new life before its links are durable, a gap before what is below it is, runs
+    # that a failing disk kept from being followed, a row before the journal has its run. A gap without its hole:
+    # test_logstore.py.
     # the guest's disk
     "a script runs before its start is synced": Mutant(shim, "Shim._fork", "os.fsync(fd)", "pass"),
     "a script runs before its start's names are synced": Mutant(
@@ -36,10 +55,20 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "an end has its name before it is durable": Mutant(shim, "Shim._record", "os.fsync(fd)", "pass"),
     "an end counts bytes that are not durable": Mutant(
-        shim, "Shim._exited", "self._sync(index=False)", "pass"
+        shim,
+        "Shim._exited",
+        "self._sync(index=False)\n    give_up = time.monotonic() + LAST_SYNC_S",
+        "give_up = 0.0",
+        1000,
+    ),
+    "a failed sync of output is believed the second time": Mutant(
+        shim, "Stream.sync", "if self.failed:", "if False:", 4000
+    ),
+    "what a power cut made of a stream's end is taken for output": Mutant(
+        runner, "Runner._lost_no_power", "run.cut_unsynced(acked)", "None", 400
     ),
     "a shim asks for no lock": Mutant(
-        shim, "Shim.run", "except OSError:\n        return", "except OSError:\n        pass", 4000
+        shim, "Shim.run", "except OSError:\n        return", "except OSError:\n        pass", 400
     ),
     "a shim starts what was started": Mutant(
         shim, "Shim.run", 'if os.path.lexists("started")', 'if False and os.path.lexists("started")', 2000
@@ -59,10 +88,37 @@ MUTANTS: dict[str, Mutant] = {
         4000,
     ),
     "bytes are pruned that the host has not": Mutant(
-        spool, "Run.prune", "min(acked.of(stream), ", "min(1 << 60, ", 2000
+        spool, "Run.prune", "min(held, size - tail)", "(size - tail)", 2000
+    ),
+    "bytes are pruned before that is noted": Mutant(
+        spool, "Run._note_pruned", "_sync(self.path)", "pass", 20_000, _fills
+    ),
+    "a note of what is pruned is believed that no sync has seen": Mutant(
+        spool,
+        "Run._note_pruned",
+        "upto == self._noted",
+        "upto == self._pruned()",
+        20_000,
+        lambda plan: plan.spool_limit and "guest sync fails" in plan.faults and "power cut" in plan.faults,
     ),
     "tails stay for ever": Mutant(
-        spool, "Spool._prune", "self._prune_settled(excess, tails=True)", "pass", 4000
+        spool, "Spool._prune", "excess = self._prune_settled(excess, tails=True)", "pass", 20_000, _fills
+    ),
+    "tails of runs under way stay for ever": Mutant(
+        spool, "Spool._prune", "self._prune_open(acked, excess, tail=0)", "pass", 20_000, _fills
+    ),
+    "dropped bytes are told as output": Mutant(
+        shipper,
+        "Shipper._output",
+        "gap = delivery.run.gap(stream, offset, spooled[stream])",
+        "gap = None",
+        2000,
+    ),
+    "bytes are dropped before that is noted": Mutant(
+        shim, "Shim._drop", "os.fdatasync(self.gaps)", "pass", 20_000, _drops
+    ),
+    "bytes are written before the end of a gap is noted": Mutant(
+        shim, "Shim._end_gap", "os.fdatasync(self.gaps)", "pass", 20_000, _drops
     ),
     # what runs
     "a barrier waits for nobody": Mutant(schedule, "_survey", "if before.holds:", "if False:"),
@@ -71,7 +127,7 @@ MUTANTS: dict[str, Mutant] = {
         schedule, "decide", "if due <= now.boottime:", "if True:"
     ),
     ".hold holds nothing": Mutant(
-        schedule, "decide", "if not now.enabled or now.held:", "if not now.enabled:"
+        schedule, "decide", "if not now.enabled or now.held:", "if not now.enabled:", 1000
     ),
     "who asks for a reboot starts again without": Mutant(
         schedule, "_survey_asker", "same_boot = before.boot_id == now.boot_id", "same_boot = False"
@@ -79,25 +135,40 @@ MUTANTS: dict[str, Mutant] = {
     "configured is acted on before it is durable": Mutant(
         spool,
         "Spool.set_configured",
-        '_write_durably(self.path / "configured", {})',
+        '_write_once(self.path / "configured", {})',
         '(self.path / "configured").touch()',
         1000,
+    ),
+    "time zero is acted on before it is durable": Mutant(
+        spool,
+        "Spool.set_zero",
+        '_write_once(self.path / "zero.json", zero._asdict())',
+        '(self.path / "zero.json").touch()',
+        400,
+    ),
+    "the removal of the file reboot is not synced": Mutant(
+        runner, "Runner._clear_reboot", "os.fsync(directory)", "pass", 20_000, _with("power cut")
     ),
     "a restarted daemon forgets what has run": Mutant(
         roster, "Roster._entry", "for run in self._spool.runs_of(name):", "for run in ():"
     ),
     "a run is lost while its script lives": Mutant(
-        runner, "Runner.judge", "if not processes.gone(started, boot_id=self._boot_id):", "if False:"
+        runner, "Runner.judge", "if not processes.gone(started, boot_id=self._boot_id) or", "if"
     ),
     "a rerun asked twice runs twice": Mutant(
-        daemon, "Daemon._rerun", "if request and run.info.request == request:", "if False:", 2000
+        supervisor, "Supervisor.rerun", "if request and run.info.request == request:", "if False:", 2000
     ),
     # the wire
     "a damaged frame passes": Mutant(
-        framing, "Decoder._parse", "if zlib.crc32(view[at + HEADER.size : stop]) != crc:", "if False:"
+        framing,
+        "Decoder._parse",
+        "if zlib.crc32(view[at + HEADER.size : stop]) != crc:",
+        "if False:",
+        2000,
+        _with("damage"),
     ),
     "a missing frame is not missed": Mutant(
-        session, "Session._item", "elif n > self._due:", "elif False:", 4000
+        session, "Session._item", "elif n > self._due:", "elif False:", 1000
     ),
     "a stale frame is taken": Mutant(
         session,
@@ -129,12 +200,23 @@ MUTANTS: dict[str, Mutant] = {
         2000,
     ),
     # the host's disk
-    "an Ack before the sync": Mutant(life, "Sync.sync", "try:", "return\n    try:"),
+    "an Ack before the sync": Mutant(life, "Sync._sync", "try:", "return\n    try:"),
     "an Ack before the names are synced": Mutant(
-        life, "Sync.sync", "for name in sorted(self.directories, reverse=True):", "for name in ():"
+        life, "Sync._sync", "for name in sorted(self.directories, reverse=True):", "for name in ():"
     ),
     "an Ack before the journal is synced": Mutant(
-        life, "Sync.sync", "for name in sorted(self.files):", "for name in sorted(self.files - {JOURNAL}):"
+        life, "Sync._sync", "for name in sorted(self.files):", "for name in sorted(self.files - {JOURNAL}):"
+    ),
+    "what comes twice is not acknowledged twice": Mutant(
+        life, "Life.output", "self._touched[message.run] = run", "pass", 20_000, _with("disconnect")
+    ),
+    "a mark before the sync": Mutant(
+        life,
+        "Life.begin_sync",
+        "self._write_waiting()",
+        "self._waiting += pack_record(Kind.MARK, MARK.pack(self._size + len(self._waiting)))\n"
+        "    self._write_waiting()",
+        400,
     ),
     "bytes that come twice are stored twice": Mutant(
         life,
@@ -144,11 +226,29 @@ MUTANTS: dict[str, Mutant] = {
         2000,
     ),
     "what is behind the last mark is not checked": Mutant(
-        life, "Life._stands", "if kind != Kind.OUTPUT:", "if True:"
+        life, "Life._stands", "if zlib.crc32(data) != crc:", "if False:", 2000
     ),
-    "a failed sync is believed the second time": Mutant(
-        logstore, "LogStore.life", "self._find_life(trust=False)", "self._find_life(trust=True)", 2000
+    "the journal is not cut at its first bad record": Mutant(
+        life, "Life.recover", "os.ftruncate(self._journal, self._size)", "pass", 400
     ),
+    "what the journal lost keeps its row": Mutant(
+        life,
+        "Life._forget",
+        'os.unlink(f"{path}/result.json", dir_fd=self._directory)',
+        "pass",
+        20_000,
+        _with("host sync fails", "time travel"),
+    ),
+    "a checkpoint forgets what is over": Mutant(
+        life,
+        "Life._checkpoint",
+        "for run, ((vmr, attempt), when) in self._finished.items()",
+        "for run, ((vmr, attempt), when) in ()",
+        2000,
+    ),
+    # Not here: that LogStore.life() trusts the page cache after a failed sync. What stands behind the last mark is
+    # then compared, written again and synced, as after a kill: dropping it instead is only the shorter way.
+    # Nor that LogStore._sync_now() does again what failed in flight: too rare here; test_logstore.py has it.
     "a failed sync is not heard of": Mutant(
         logstore, "LogStore.finish_sync", "if sync.error is not None:", "if False:", 400
     ),
@@ -163,6 +263,28 @@ MUTANTS: dict[str, Mutant] = {
     "another run under a known label is taken": Mutant(
         life, "Life.run", "if label in self._labels:", "if False:", 400
     ),
+    "a run executed at another time is the same": Mutant(
+        life, "Life.run", "if not same:", "if False:", 20_000, _with("time travel")
+    ),
+    "a collector counts from nothing": Mutant(
+        collector,
+        "Guest.start",
+        "self.measure()",
+        "self.measure()\n        self._connect()",
+        20_000,
+        lambda plan: plan.quota,
+    ),
+    "the quota is not kept": Mutant(
+        life, "Life.output", "if self._quota.over:", "if False:", 20_000, lambda plan: plan.quota
+    ),
+    "what follows refused output is taken": Mutant(
+        collector,
+        "Guest._take",
+        "and event.run in self._withheld",
+        "and False",
+        20_000,
+        lambda plan: plan.quota,
+    ),
     "an Ack goes to whoever did not ask": Mutant(
         collector, "Guest.acknowledge", "if ack.run in self._announced:", "if False:"
     ),
@@ -172,6 +294,9 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "the note is written before the logs are durable": Mutant(
         renderer, "Renderer._note", "logs.sync_logs()", "pass", 400
+    ),
+    "the renderer believes a failed sync the second time": Mutant(
+        renderer, "Renderer._note", "logs.reset()", "pass", 20_000, _with("host sync fails", "host power cut")
     ),
     "what is not durable is rendered": Mutant(
         vmlogs,

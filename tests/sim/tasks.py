@@ -5,11 +5,12 @@ It must not know: what is simulated.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import heapq
+import math
 import random
 import select as real_select
-import threading
 import time as real_time
 import types
 from typing import Any, Callable, Optional
@@ -31,7 +32,7 @@ class Clock:
 
     def after(self, seconds: float, act: Callable[[], None]) -> None:
         self._number += 1
-        heapq.heappush(self._heap, (self.now + max(0, int(seconds * SECOND)), self._number, act))
+        heapq.heappush(self._heap, (self.now + max(0, math.ceil(seconds * SECOND)), self._number, act))
 
     def step(self) -> bool:
         if not self._heap:
@@ -59,14 +60,14 @@ class Task:
         self.waits = False
         self.failure: Optional[BaseException] = None
         self._activate = activate
-        self._go, self._back = threading.Lock(), threading.Lock()
+        self._go, self._back = _thread.allocate_lock(), _thread.allocate_lock()
         self._go.acquire()
         self._back.acquire()
         self._wakes = 0
         clock.tasks.append(self)
 
     def start(self, body: Callable[[], None]) -> None:
-        threading.Thread(target=self._main, args=(body,), daemon=True).start()
+        _thread.start_new_thread(self._main, (body,))
         self.clock.after(0, self.resume)
 
     def _main(self, body: Callable[[], None]) -> None:

@@ -34,9 +34,10 @@ def simulate(*arguments: str) -> subprocess.Popen[str]:
 
 def all_well(first: int, end: int) -> None:
     jobs = 2
+    share = (end - first) // jobs
     running = [
-        simulate("--seeds", f"{at}:{min(end, at + (end - first) // jobs)}")
-        for at in range(first, end, (end - first) // jobs)
+        simulate("--cpu", str(number), "--seeds", f"{first + number * share}:{first + (number + 1) * share}")
+        for number in range(jobs)
     ]
     for process in running:
         said = process.communicate()[0]

@@ -12,17 +12,18 @@ from typing import Any, Callable, Optional
 
 from tests.sim.channel import Channel
 from tests.sim.checks import Checks
-from tests.sim.guest import LAUNCH, Script, Vm
+from tests.sim.guest import LAUNCH, RestoredShim, Script, Vm
 from tests.sim.host import Host
 from tests.sim.kernel import Killed, Process
 from tests.sim.tasks import SECOND, Clock
+from vmr_agent.errors import Problem
 from vmr_agent.guest import shim, shipper, spool
-from vmr_agent.host import collector, life
+from vmr_agent.host import collector, life, quota
 from vmr_agent.runs import Stream, Trigger
 from vmr_agent.wire import framing, messages
 
 WALL = 1_717_634_586 * SECOND
-HEAL = 120.0
+HEAL = 240.0
 """Seconds in which all must be well once nothing goes wrong any more."""
 STEPS = 200_000
 CHUNK = shipper._CHUNK
@@ -39,6 +40,7 @@ FAULTS = (
     "disconnect",
     "stall",
     "damage",
+    "lose frames",
     "guest disk full",
     "host disk full",
     "host sync fails",
@@ -50,6 +52,22 @@ FAULTS = (
     "restage",
     "hold",
 )
+
+
+PAIRS = (
+    ("guest sync fails", "power cut"),
+    ("host sync fails", "host power cut"),
+    ("host sync fails", "stop collector"),
+    ("host sync fails", "time travel"),
+    ("guest disk full", "power cut"),
+    ("guest disk full", "disconnect"),
+    ("host disk full", "host power cut"),
+    ("time travel", "kill daemon"),
+    ("time travel", "power cut"),
+    ("kill shim", "kill daemon"),
+    ("rerun", "kill daemon"),
+)
+"""What is worse together, so that it comes together often."""
 
 
 @dataclass
@@ -65,12 +83,17 @@ class Plan:
     late: list[str]
     quiet: float
     spool_limit: int
+    drop: bool
     lost_orders: float
     lost_events: float
     syncfs: Optional[Callable[[int], None]]
     sockets: bool
     buffer: float
     size: int
+    quota: int
+    """Bytes that the VM may take on the host; 0: no bound."""
+    slow: float
+    """How probable it is that a script sleeps after a write."""
     punch_unit: int = 256
     latency: float = 0.0005
     constants: dict[str, int] = field(default_factory=dict)
@@ -78,7 +101,8 @@ class Plan:
 
 def make_plan(dice: random.Random) -> Plan:
     """A history has a few kinds of fault, often many of one; the calm ones are as needed as the wild ones."""
-    kinds = dice.sample(FAULTS, dice.choice((0, 1, 2, 3, 4, 8)))
+    kinds = list(dice.choice(PAIRS)) if dice.random() < 0.3 else []
+    kinds += dice.sample([each for each in FAULTS if each not in kinds], dice.choice((0, 1, 2, 3, 4, 8)))
     times = dice.sample((-100, -4, -3, -1.5, -1), dice.choice((1, 2, 2, 3)))
     names = [f"{at}/v{number}" for at in times for number in range(dice.choice((1, 1, 2)))]
     if dice.random() < 0.6:
@@ -95,13 +119,16 @@ def make_plan(dice: random.Random) -> Plan:
         vmrs=[name for name in names if name not in late],
         late=late,
         quiet=dice.choice((0.5, 2.0)),
-        spool_limit=dice.choice((0, 0, 50_000, 120_000)),
+        spool_limit=dice.choice((0, 0, 12_000, 20_000, 50_000)),
+        drop=dice.random() < 0.4,
         lost_orders=dice.choice((0.0, 0.0, 0.2)),
         lost_events=dice.choice((0.0, 0.0, 0.5)),
         syncfs=None,
         sockets=dice.random() < 0.3,
         buffer=dice.choice((0.5, 3.0)),
         size=dice.choice((300, 3000, 3000, 20_000)),
+        quota=dice.choice((0, 0, 0, 60_000, 120_000)),
+        slow=dice.choice((0.1, 0.1, 0.3)),
         latency=dice.choice((0.0002, 0.001, 0.02)),
         constants={
             "chunk": dice.choice((200, 1000, CHUNK)),
@@ -155,6 +182,10 @@ class World:
         shim.SYNC_S = 1.0
         life.CHECKPOINT_RECORDS = 40
         collector.SWEEP_BYTES = 8_000
+        collector.MEASURE = 1.0
+        quota.RESERVE = 40_000
+        life.BLOCK, life.RUN = 512, 2_560
+        quota._LOOK_EVERY = 5_000
 
     # --- what the parts tell
 
@@ -181,8 +212,8 @@ class World:
     def random_bytes(self, count: int) -> bytes:
         return self.dice.randbytes(count)
 
-    def guest_sent(self, frame: bytes) -> None:
-        self.checks.guest_sent(frame)
+    def guest_sent(self, payload: bytes) -> None:
+        self.checks.guest_sent(payload)
 
     def host_sent(self, frame: bytes) -> None:
         self.checks.host_sent(frame)
@@ -192,34 +223,54 @@ class World:
 
     def check_daemon(self, running: Any) -> None:
         window = running._shipper._window
-        if (
-            running._shipper._in_flight > window and not self.checks.gaps
-        ):  # a gap is counted, and takes no room
+        # A gap is counted, and takes no room; one may wait for the port.
+        link = running._link
+        waiting = any(b"\xa4type\xa3gap" in bytes(each) for each in link._outbox)
+        may_skip = self.checks.gaps or waiting or link._port._taken.pending
+        if running._shipper._in_flight > window and not may_skip:
             self.violated(f"{running._shipper._in_flight} bytes are in flight, more than the window")
-        if len(running._session._decoder._buffer) > framing.MAX_FRAME:
+        if len(running._link._session._decoder._buffer) > framing.MAX_FRAME:
             self.violated("the session keeps more than a frame")
-        if len(running._outbox) > 10:
-            self.violated(f"{len(running._outbox)} frames wait for the port")
+        if len(running._link._outbox) > 10:
+            self.violated(f"{len(running._link._outbox)} frames wait for the port")
 
     # --- scripts
 
     def executed(self, script: Script) -> int:
         """A script is let go: an errno when it can't be executed."""
         self.checks.executed(script)
-        dice = self.dice
-        if dice.random() < 0.05:
+        if self.dice.random() < 0.05:
             return 8
-        steps: list[tuple[Any, ...]] = []
+        script.steps = self._steps(script)
+        return 0
+
+    def goes_on(self, script: Script) -> int:
+        """A script goes on that was under way when a snapshot was taken."""
+        self.checks.goes_on(script)
+        script.steps = self._steps(script)
+        return 0
+
+    def _steps(self, script: Script) -> list[tuple[Any, ...]]:
+        """What a script is to do."""
+        dice = self.dice
+        steps: list[tuple[Any, ...]] = []  # no word is a number: as JSON 7.10 would be shown as 7.1
         number = 0
         left = dice.randrange(self.plan.size + 1)
+        # Another one in each future, which would else be the same for longer than a tail, 512 bytes here.
+        letter = b"%c" % (ord("a") + script.timeline % 26)
         while left > 0:
             stream = dice.choice((Stream.STDOUT, Stream.STDOUT, Stream.STDERR))
             end = dice.choice((b"\n", b"\n", b"\n", b"\r\n", b"\r", b""))
-            word = b"%d.%d.%s" % (script.pid, number, b"x" * dice.choice((0, 10, 60, 900)))
+            word = b"p%d.%d.%d.%s" % (
+                script.pid,
+                script.timeline,
+                number,
+                letter * dice.choice((0, 10, 60, 900)),
+            )
             steps.append(("write", stream, word + b" " + end))
             left -= len(word)
             number += 1
-            if dice.random() < 0.1:
+            if dice.random() < self.plan.slow:
                 steps.append(("sleep", dice.choice((0.005, 0.3, 2.0))))
         if dice.random() < 0.1:
             steps.append(("leave", dice.choice((0.1, 3.0)), b"a child's last word \n"))
@@ -230,8 +281,7 @@ class World:
             if code != 10:
                 steps.append(("reboot file",))
         steps.append(("exit", code))
-        script.steps = steps
-        return 0
+        return steps
 
     def ended(self, script: Script, status: int) -> None:
         self.say(f"{script.vmr.decode()} attempt {script.attempt} ends ({status})")
@@ -319,6 +369,12 @@ class World:
         elif kind == "damage":
             channel.damage = dice.choice((0.01, 0.1))
             self.clock.after(dice.choice((0.2, 2.0)), lambda: setattr(channel, "damage", 0.0))
+        elif kind == "lose frames":
+            lost = dice.choice((1, 1, 3))
+            if dice.random() < 0.6:
+                channel.lose_to_host = lost
+            else:
+                channel.lose_to_guest = lost
         elif kind in ("guest disk full", "host disk full"):
             disk = vm.disk if kind.startswith("guest") else host.disk
             self.say(kind)
@@ -348,13 +404,15 @@ class World:
             self.say("a snapshot is taken")
             executed = [each for each in self.checks.executions if each.timeline == vm.timeline]
             counts = (dict(self.stagings), dict(self.asked_reboot))  # a rerun is asked for again by the host
-            self._snapshot = (vm.disk.snapshot(), vm.boot, vm.boottime_ns(), executed, counts)
+            under_way = vm.under_way()
+            boot = vm.boot if vm.up else ""  # of one that was down there is no boot to go on with
+            self._snapshot = (vm.disk.snapshot(), boot, vm.boottime_ns(), executed, counts, under_way)
             return
         if not vm.up:
             return
-        snapshot, boot, boottime, executed, counts = self._snapshot
+        snapshot, boot, boottime, executed, counts, under_way = self._snapshot
         self._snapshot = None
-        live = self.dice.random() < 0.5
+        live = self.dice.random() < 0.5 and boot != ""
         self.say(f"the snapshot is restored{' in its boot' if live else ''}")
         vm.power_off(lose=False)
         vm.disk.restore(snapshot)
@@ -368,6 +426,8 @@ class World:
         for script in executed:
             script.timeline = vm.timeline
         vm.power_on(boot=boot if live else "", booted=self.clock.now - boottime if live else None)
+        if live:
+            vm.shims += [RestoredShim(vm, order, pid) for order, pid in under_way]
 
     def _rerun(self) -> None:
         names = self.vm.staged()
@@ -391,7 +451,7 @@ class World:
             self.reruns_asked[vmr] = self.reruns_asked.get(vmr, 0) + 1
             running = self.vm.daemon
             request = self.random_bytes(16)
-            self._verb(lambda: running._rerun(vmr, Trigger.RERUN, request))
+            self._verb(lambda: running._supervisor.rerun(vmr, Trigger.RERUN, request))
 
     def _verb(self, act: Callable[[], Any]) -> None:
         """A verb of somebody in the guest, as Daemon._answer() takes it."""
@@ -400,7 +460,7 @@ class World:
             act()
         except Killed:
             self.vm._daemon_died()
-        except (OSError, Exception) as error:
+        except (OSError, Problem) as error:
             self.say(f"no: {error}")
         self.vm.wake()
 
@@ -489,6 +549,9 @@ class World:
 
         if not self._until(HEAL, well):
             return False
+        if left and self.checks.full_of_history():
+            self.say(f"the spool's limit is less than its history: {left}")
+            return not self.violations
         if left:
             self.violated(f"{HEAL:.0f} s after the last fault: {left}")
             return False
@@ -508,6 +571,7 @@ class World:
                 return False
             if self.clock.now >= look:
                 look = self.clock.now + SECOND
+                self.checks.quota()
                 if well():
                     break
         return not self.violations
@@ -517,6 +581,7 @@ class World:
         self.healing = True
         self.plan.lost_orders = 0.0
         self.channel.damage = 0.0
+        self.channel.lose_to_host = self.channel.lose_to_guest = 0
         self.vm.disk.full = self.host.disk.full = False
         self.vm.disk.sync_failures = self.host.disk.sync_failures = 0
         for process in (self.vm.process, self.host.process):
@@ -530,6 +595,8 @@ class World:
             if vmr not in self.vm.staged():
                 self._stage(vmr)
         self.vm.channel.stalled_until = 0
+        if self.plan.quota:
+            self.host.stop()  # and starts without
 
 
 def run(seed: int, *, verbose: bool = False) -> World:
