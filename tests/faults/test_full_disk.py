@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.world import World, until
+from tests.faults.disks import small_disk, take_inodes
 from tests.host.scripted import Guest, Host, output, run
 
 PATH = "-4/a.sh/1"
@@ -22,15 +23,8 @@ DATA = b"".join(b"line %06d of a run that fills the disk\n" % number for number 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small file system for the logs."""
-    if os.geteuid() != 0:
-        pytest.skip("mounts a file system: needs root")
-    path = tmp_path / "logs"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"can't mount a file system here: {mounted.stderr.decode().strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", path], check=True)
+    with small_disk(tmp_path / "logs", "size=2M") as path:
+        yield path
 
 
 def grow(disk: Path) -> None:
@@ -128,3 +122,39 @@ def test_the_main_job_goes_on_when_the_log_disk_is_freed(tmp_path: Path, disk: P
         assert world.collector is not None and world.collector.poll() is None
     finally:
         world.close()
+
+
+def test_a_log_directory_without_an_inode_is_waited_for(tmp_path: Path) -> None:
+    """A run in progress, one that begins meanwhile, one that ends: all of it comes, once there are inodes."""
+    with small_disk(tmp_path / "logs", "size=64M,nr_inodes=100") as disk:
+        world = World(tmp_path)
+        try:
+            go, more = tmp_path / "go", b"more\n" * 100_000
+            waits = f"until [ -e {go} ]; do sleep 0.02; done"
+            world.stage("-2/runs", f"echo begun; {waits}; cat more; exit 4", files={"more": more})
+            world.stage("-1/begins", "echo ran")
+            collector = world.start_collector()
+            world.start_daemon()
+            until(lambda: world.raw("-2/runs") == b"begun\n", "it runs")
+            until(lambda: world.row("-2/runs")["delivered"] == "so far", "the host has what there is of it")
+            taken = take_inodes(disk)
+            go.touch()
+            until(lambda: world.row("-1/begins").get("exit_code") == 0, "the schedule goes on in the guest")
+            until(
+                lambda: "nothing is acknowledged" in world.collector_log(), "it is said why nothing arrives"
+            )
+            time.sleep(2.0)  # for some more tries
+            assert {world.row(vmr)["delivered"] for vmr in ("-2/runs", "-1/begins")}.isdisjoint({"yes"})
+            assert world.result("-1/begins") is None
+            for path in taken:
+                path.unlink()
+            assert world.complete("-2/runs")["exit_code"] == 4
+            assert world.complete("-1/begins")["exit_code"] == 0
+            assert world.raw("-2/runs") == b"begun\n" + more
+            assert world.raw("-1/begins") == b"ran\n"
+            until(lambda: world.log().count("exited after") == 2, "both exits are shown")
+            until(lambda: len(world.rows()) == 100_002, "every line is shown")
+            assert collector.poll() is None
+            assert "Traceback" not in world.collector_log()
+        finally:
+            world.close()
