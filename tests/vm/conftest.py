@@ -1,38 +1,61 @@
-"""Fixtures of the VM tests: the image, built once and cached, and a fresh VM with the product in it."""
+"""Fixtures of the VM tests: the image, built once and cached, and fresh VMs with the product's packages in them."""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Callable, Optional
 
 import pytest
 
-from tests.vm.product import REPOSITORY, product_files
-from tests.vm.vm import Vm, ensure_snapshot
-
-CANNOT_BUILD = 3  # packaging/vm-image: not on this host; anything else is a fault of ours
+from tests.vm import guests
+from tests.vm.host import VmWorld
+from tests.vm.vm import Vm
 
 
 @pytest.fixture(scope="session")
 def vm_image() -> Path:
     """The directory of the VM image, with a snapshot to start from; skips where none can be built."""
-    built = subprocess.run([REPOSITORY / "packaging" / "vm-image"], capture_output=True, text=True)
-    lines = built.stderr.strip().splitlines() or ["packaging/vm-image said nothing"]
-    if built.returncode == CANNOT_BUILD:
-        pytest.skip(lines[-1])
-    if built.returncode != 0:
-        pytest.fail("\n".join([f"packaging/vm-image: exit code {built.returncode}", *lines[-20:]]))
-    image = Path(built.stdout.strip())
-    ensure_snapshot(image)
-    return image
+    try:
+        return guests.image()
+    except guests.NoImage as why:
+        pytest.skip(str(why))
+    except RuntimeError as error:
+        pytest.fail(str(error))
+
+
+@pytest.fixture(scope="session")
+def new_vm(vm_image: Path) -> Callable[..., Vm]:
+    """``Vm`` for a guest with this checkout's packages in it."""
+    return guests.with_product(vm_image)
 
 
 @pytest.fixture
-def vm(vm_image: Path) -> Iterator[Vm]:
-    """A VM from the snapshot with the product installed; nothing of it runs yet."""
-    with Vm(vm_image, files=product_files()) as machine:
+def vm(new_vm: Callable[..., Vm]) -> Iterator[Vm]:
+    """One such VM."""
+    with new_vm() as machine:
         yield machine
+
+
+@pytest.fixture
+def make_world(tmp_path: Path) -> Iterator[Callable[..., VmWorld]]:
+    worlds: list[VmWorld] = []
+
+    def make(vm: Vm, settings: Optional[Mapping[str, str]] = None) -> VmWorld:
+        path = tmp_path / f"host{len(worlds)}"
+        path.mkdir()
+        worlds.append(VmWorld(path, vm, settings))
+        return worlds[-1]
+
+    yield make
+    for each in worlds:
+        each.close()
+
+
+@pytest.fixture
+def world(vm: Vm, make_world: Callable[..., VmWorld]) -> VmWorld:
+    """A VM with the product and a host, nothing started."""
+    return make_world(vm)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

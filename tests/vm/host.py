@@ -48,6 +48,8 @@ class VmWorld(World):
     def __init__(self, path: Path, vm: Vm, settings: Optional[Mapping[str, str]] = None) -> None:
         super().__init__(path)
         self.vm = vm
+        self.channel: Optional[Path] = None
+        """Where the collector connects, if not to QEMU itself."""
         lines = ["[vmr-agent]", *(f"{key} = {value}" for key, value in (settings or {"quiet": "1"}).items())]
         vm.put({"/etc/vmr-agent.conf": "\n".join([*lines, ""]).encode()})
 
@@ -58,7 +60,7 @@ class VmWorld(World):
             self.collector = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "vmr_agent.cli.host", "collect", "--log-dir", str(self.logs)),
-                    *(f"Server={self.vm.port_socket(AGENT_PORT)}", *options),
+                    *(f"Server={self.channel or self.vm.port_socket(AGENT_PORT)}", *options),
                 ],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

@@ -1,18 +1,45 @@
-"""The product as files for a guest: this checkout's code where Debian's package would put it.
+"""The product in a guest: the packages, installed by dpkg, which is what tests want; or this checkout as files.
 
-Knows where things are in the repository and in the guest; nothing of QEMU.
+The files are for who has no time to build packages (the demo). Knows where things are in the repository and in the
+guest; of QEMU no more than that a VM can be kept as a snapshot.
 """
 
 from __future__ import annotations
 
+import hashlib
 import py_compile
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from tests.vm.vm import Vm, ensure_snapshot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUEST_PYTHON = (3, 11)
 LIBRARY = "/usr/lib/python3/dist-packages"
+
+
+NOT_NOW = "printf '#!/bin/sh\\nexit 101\\n' > /usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d"
+"""What keeps a package from starting its services: how images are made."""
+
+
+def put_packages(vm: Vm, packages: Sequence[Path]) -> str:
+    """Copy packages into the guest; their paths there, with a blank between them."""
+    vm.put({f"/root/{path.name}": path.read_bytes() for path in packages})
+    return " ".join(f"/root/{path.name}" for path in packages)
+
+
+def install(vm: Vm, packages: Sequence[Path]) -> None:
+    """Install packages as into an image: what they bring is enabled, and nothing of it runs."""
+    paths = put_packages(vm, packages)
+    vm.check(f"{NOT_NOW}; dpkg -i {paths} && rm /usr/sbin/policy-rc.d {paths} && sync")
+
+
+def installed(image: Path, packages: Sequence[Path]) -> Path:
+    """The snapshot of a guest in which these packages are installed."""
+    contents = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(packages))).hexdigest()
+    return ensure_snapshot(image, key=contents[:16], prepare=lambda vm: install(vm, packages))
 
 
 def product_files() -> dict[str, bytes]:

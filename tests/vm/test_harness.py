@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.packaging.build import debs
+from tests.vm.disk import LossyDisk
 from tests.vm.product import REPOSITORY
 from tests.vm.vm import AGENT_PORT, BENCH_PORT, Vm, VmError
 
@@ -176,6 +178,23 @@ def test_reset_boots_again_and_a_kept_disk_outlives_the_power_cut(vm_image: Path
         assert machine.qga("guest-ping", timeout=200) == {}
 
 
+def test_a_lossy_disk_loses_what_the_guest_has_not_flushed(vm_image: Path, tmp_path: Path) -> None:
+    """A write past the guest's cache reaches the disk, and is gone with the power all the same."""
+    lossy = LossyDisk()
+    try:
+        with Vm(vm_image, disk=tmp_path / "disk.qcow2", through=lossy.open) as machine:
+            machine.check("head -c 65536 /dev/zero > /root/file; sync; sleep 1")
+            machine.check(
+                "tr '\\0' x < /root/file | dd of=/root/file bs=65536 conv=notrunc oflag=direct iflag=fullblock"
+            )
+            assert machine.check("head -c 1 /root/file") == b"x"
+            machine.kill()
+        lossy.cut()
+        assert lossy.lost >= 65536
+    finally:
+        lossy.close()
+
+
 def test_a_guest_that_reboots_by_itself_is_met_again(vm_image: Path) -> None:
     with Vm(vm_image) as machine:
         first = machine.boot_id
@@ -204,6 +223,11 @@ def test_qemu_does_not_outlive_a_killed_test(vm_image: Path) -> None:
 
 
 def test_the_product_is_installed(vm: Vm) -> None:
-    where = vm.check("python3 -c 'import vmr_agent; print(vmr_agent.__file__)'")
-    assert where == b"/usr/lib/python3/dist-packages/vmr_agent/__init__.py\n"
-    vm.check("test -x /usr/bin/vmr-agent && test -x /usr/bin/vmr-host")
+    """By dpkg, from the packages of this very checkout, and not yet started."""
+    for name, package in debs().items():
+        vm.put({f"/root/{name}.deb": package.read_bytes()})
+        vm.check(f"dpkg --verify {name} && dpkg -x /root/{name}.deb /root/{name}")
+        vm.check(f"diff -r -x __pycache__ /root/{name}/usr/share/{name} /usr/share/{name}")
+        assert vm.check(f"{name} --version").startswith(name.encode())
+    assert vm.run("systemctl is-active vmr-agent vmr-host")[1] == b"inactive\ninactive\n"
+    vm.check("! test -e /var/lib/vmr-agent && ! test -e /usr/sbin/policy-rc.d")

@@ -1,34 +1,29 @@
-"""A VM made from the Debian package, not from the source tree: first boots, upgrades, hot-plugged ports, purges.
+"""What packages, units, rules and baked images do by themselves: first boots, upgrades, hot-plugged ports, purges.
 
-What the daemon does when it is stopped and killed is tested from the source tree at length; here it is whether the
-package's own scripts, units and rules keep to it.
+All VM tests have the packages in their guests (see conftest.py); here it is how they come there, and go.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import json
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 
-from tests.packaging.build import LATER, build, debs, export
+from tests.packaging.build import LATER, REPOSITORY, build, debs, export
 from tests.vm.host import COUNTER, LAUNCH, VmWorld, counted
-from tests.vm.vm import AGENT_PORT, Vm
-
-NOT_NOW = {"/usr/sbin/policy-rc.d": b"#!/bin/sh\nexit 101\n"}
-"""What keeps a package from starting its services: how images are made."""
+from tests.vm.product import install, put_packages
+from tests.vm.vm import AGENT_PORT, Vm, drain
 
 
 def put_deb(vm: Vm, version: Optional[str] = None) -> str:
     """Copy the guest's package into the VM; its path there."""
-    path = debs(version)["vmr-agent"]
-    vm.put({f"/root/{path.name}": path.read_bytes()})
-    return f"/root/{path.name}"
+    return put_packages(vm, [debs(version)["vmr-agent"]])
 
 
 @pytest.fixture
@@ -69,9 +64,10 @@ def files_of(vm: Vm) -> set[str]:
 def test_what_is_baked_in_runs_at_the_first_boot_and_not_at_the_second(
     vm_image: Path, tmp_path: Path, hosts: list[VmWorld]
 ) -> None:
+    """And the second boot is one without a port, which is plugged in when it is over."""
     disk = tmp_path / "disk.qcow2"
-    with Vm(vm_image, disk=disk, files=NOT_NOW) as vm:
-        vm.check(f"dpkg -i {put_deb(vm)} && rm /usr/sbin/policy-rc.d")
+    with Vm(vm_image, disk=disk) as vm:
+        install(vm, [debs()["vmr-agent"]])
         assert vm.run("systemctl is-active vmr-agent")[1] == b"inactive\n"
         assert vm.check("systemctl is-enabled vmr-agent") == b"enabled\n"
         assert vm.check(f"stat -c '%a %U' {LAUNCH}") == b"755 root\n"
@@ -92,11 +88,21 @@ def test_what_is_baked_in_runs_at_the_first_boot_and_not_at_the_second(
         assert vm.check("cat /root/ran") == b"-2/first\n-1/second\n"
         host.wait(lambda: host.guest_status().get("configured"), "the VM is configured")
         first = vm.boot_id
+        vm.port_del(AGENT_PORT)
+        vm.check(f"touch {LAUNCH}/.hold")
+        host.guest_stage("-1/late", "echo from -1/late")
         vm.check("sync")
         vm.reset()
         assert vm.boot_id != first
+        # Nothing waits for a port that isn't there.
+        vm.check("systemctl is-system-running --wait")
         host.wait(lambda: host.guest_status().get("configured"), "the VM is configured again")
         vm.check("systemctl is-active vmr-agent")
+        vm.check(f"rm {LAUNCH}/.hold")
+        host.wait(lambda: host.guest_row("-1/late").get("state") == "exited", "it runs without a port")
+        assert host.guest_status()["port_state"] == "missing"
+        vm.port_add(AGENT_PORT)
+        assert host.complete("-1/late")["exit_code"] == 0
         assert vm.check("cat /root/ran") == b"-2/first\n-1/second\n"
         # udevd, journald and the rest were as busy at boot as on any other; the package must add no failed unit.
         assert vm.check("systemctl --failed --no-legend") == b""
@@ -118,15 +124,6 @@ def test_the_first_frame_comes_soon_after_the_units_start(installed: Vm) -> None
             print(f"the first frame after {taken:.2f} s; Python and its libraries {reference:.2f} s")
             ratios.append(taken / reference)
     assert min(ratios) < 3
-
-
-def drain(port: socket.socket) -> None:
-    """Take what an earlier daemon has left in the port."""
-    port.settimeout(0.5)
-    with contextlib.suppress(TimeoutError):
-        while port.recv(1 << 16):
-            pass
-    port.settimeout(60)
 
 
 @pytest.mark.long
@@ -258,32 +255,135 @@ def test_the_bundle_in_a_vm_is_upgraded_in_mid_output(bare: Vm, tmp_path: Path, 
     )
 
 
+OURS, THEIRS = "vmr[-_]agent", "qemu[-]ga"
+"""What the two agents' processes have in their command lines."""
+
+
 @pytest.mark.long
-def test_footprint(bare: Vm, tmp_path: Path, hosts: list[VmWorld]) -> None:
-    """Prints what the table in packaging/README.md says; judges only what would be a leak."""
-    bare.check(f"dpkg -i {put_deb(bare)}")
-    host = VmWorld(tmp_path, bare)
+@pytest.mark.timeout(900)
+def test_footprint(vm: Vm, tmp_path: Path, hosts: list[VmWorld]) -> None:
+    """Prints what the table in README.md says, of both agents in one VM; judges only what would be a leak."""
+
+    def of_all(pattern: str, file: str, program: str) -> float:
+        """A sum over the processes of an agent, by awk, of one of their files in /proc."""
+        command = f"for each in $(pgrep -f '{pattern}'); do cat /proc/$each/{file}; done 2>/dev/null"
+        return float(vm.check(f"{{ {command} || true; }} | awk '{program} END {{ print n + 0 }}'"))
+
+    def pss() -> str:
+        return ", ".join(
+            f"{name} {of_all(pattern, 'smaps_rollup', '/^Pss:/ { n += $2 }') / 1024:.1f} MiB"
+            for name, pattern in (("vmr-agent", OURS), ("qemu-ga", THEIRS))
+        )
+
+    def ticks() -> list[float]:
+        return [of_all(pattern, "stat", "{ n += $14 + $15 }") for pattern in (OURS, THEIRS)]
+
+    print()
+    for path in debs().values():
+        installed = vm.check(
+            f"du -skc $(dpkg -L {path.name.partition('_')[0]} | xargs -d'\n' ls -d -1p | grep -v /$)"
+        )
+        print(
+            f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, installed {installed.split()[-2].decode()} kB"
+        )
+    print("qemu-guest-agent:", vm.check("dpkg-query -Wf '${Installed-Size}' qemu-guest-agent").decode(), "kB")
+    with vm.connect(AGENT_PORT) as port:
+        reference = float(vm.check("TIMEFORMAT=%R; time python3 -c 'import psutil, watchdog, msgpack'"))
+        began = time.monotonic()
+        vm.start("systemctl start vmr-agent")
+        port.recv(1)
+        first = time.monotonic() - began
+    vm.check("systemctl stop qemu-guest-agent")
+    began = time.monotonic()
+    vm.start("systemctl start qemu-guest-agent")
+    vm.qga("guest-ping")
+    print(f"started, and heard after: vmr-agent {first:.1f} s, qemu-ga {time.monotonic() - began:.1f} s;")
+    print(f"Python with the three libraries alone {reference:.1f} s")
+
+    host = VmWorld(tmp_path, vm)
     hosts.append(host)
     host.start_collector()
-
-    def pss(pattern: str) -> float:
-        """MiB of all processes whose command line has it."""
-        command = f"for each in $(pgrep -f '{pattern}'); do cat /proc/$each/smaps_rollup; done 2>/dev/null"
-        lines = bare.check(f"{command} || true").decode().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-
-    ours, theirs = "vmr[-_]agent", "qemu[-]ga"
     host.wait(lambda: "session open" in (tmp_path / "collector.log").read_text(), "a session")
-    bare.check("sleep 5")
-    idle = pss(ours)
-    print(f"PSS, MiB: vmr-agent idle {idle:.1f}, qemu-ga {pss(theirs):.1f}")
-    print(f"idle CPU with a session: {100 * host.guest_cpu(20):.2f} %")
-    sleepers = {
-        f"{LAUNCH}/-1/sleeper{each}/call_arguments.sh": b"#!/bin/sh\nexec sleep 600\n" for each in range(10)
-    }
-    bare.put(sleepers)
+    vm.check("sleep 5")
+    print(f"PSS, idle: {pss()}")
+    idle = of_all(OURS, "smaps_rollup", "/^Pss:/ { n += $2 }") / 1024
+    before, since = ticks(), time.monotonic()
+    time.sleep(60)
+    after, seconds = ticks(), time.monotonic() - since
+    used = [
+        f"{each - was:.0f} ms a minute"
+        for each, was in zip((10 * n for n in after), (10 * n for n in before))
+    ]
+    print(f"idle CPU over {seconds:.0f} s: vmr-agent {used[0]}, qemu-ga {used[1]}")
+    vm.put({f"{LAUNCH}/-1/sleeper{n}/call_arguments.sh": b"#!/bin/sh\nexec sleep 600\n" for n in range(10)})
+    for _ in range(10):
+        vm.qga("guest-exec", path="/bin/sleep", arg=["600"], **{"capture-output": True})
     host.wait(lambda: all(host.result(f"-1/sleeper{each}") for each in range(10)), "ten runs on the host")
-    bare.check("sleep 2")
-    busy = pss(ours)
-    print(f"PSS with 10 runs: {busy:.1f} MiB")
+    vm.check("sleep 2")
+    print(f"PSS with 10 runs each: {pss()}")
+    busy = of_all(OURS, "smaps_rollup", "/^Pss:/ { n += $2 }") / 1024
     assert busy < idle + 10 * 4
+
+
+HOST_LOGS = "/scratch/vm_resource_logs"  # as in packaging/examples/vmr-host.conf
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_hosts_unit_collects_and_an_end_of_it_costs_no_byte(
+    vm: Vm, tmp_path: Path, hosts: list[VmWorld]
+) -> None:
+    """Host and guest in one VM, since systemd runs there; they find each other by a socket."""
+    vm.check("systemctl enable --now vmr-host")
+    assert vm.run("systemctl is-active vmr-host")[1] == b"inactive\n", "no settings, no collector, no failure"
+    assert vm.check("systemctl --failed --no-legend") == b""
+    world = VmWorld(tmp_path, vm, {"quiet": "1", "port": "unix:/run/port"})
+    hosts.append(world)
+    example = (REPOSITORY / "packaging/examples/vmr-host.conf").read_text()
+    settings, arguments = example.rsplit("VMR_HOST_ARGUMENTS=", 1)
+    assert f"VMR_HOST_LOG_DIR={HOST_LOGS}\n" in settings and arguments.startswith("--expect 2 ")
+    settings += "VMR_HOST_ARGUMENTS=--expect 1 --start-buffer 1 --quota 1G --listen Server=/run/port\n"
+    vm.put({"/etc/vmr-host.conf": settings.encode()})
+    world.guest_stage("-1/counter", "exec ./counter.py", {"counter.py": COUNTER})
+    world.guest_stage("1/timed", "echo timed")
+    vm.check("systemctl restart vmr-host && systemd-analyze verify --man=no vmr-host.service")
+    vm.check("systemctl start vmr-agent")
+
+    def result(vmr: str) -> dict[str, Any]:
+        code, content = vm.run(f"cat {HOST_LOGS}/Server/{vmr}/1/result.json")
+        return json.loads(content) if code == 0 else {}
+
+    def digest(stream: str) -> bytes:
+        return vm.check(f"sha256sum < {HOST_LOGS}/Server/-1/counter/1/{stream}").split()[0]
+
+    def size() -> int:
+        return int(vm.run(f"stat -c %s {HOST_LOGS}/Server/-1/counter/1/stdout 2>/dev/null")[1] or 0)
+
+    for end in (
+        "true",
+        "systemctl restart vmr-host",
+        "kill -9 $(systemctl show -p MainPID --value vmr-host)",
+        "systemctl stop vmr-host; sleep 1; systemctl start vmr-host",
+    ):
+        vm.check(end)
+        before = size()
+        world.wait(lambda: size() > before, f"more output after {end}")
+    vm.check("touch /root/enough")
+    for vmr in ("-1/counter", "1/timed"):
+        world.wait(lambda: result(vmr).get("complete"), f"{vmr} is whole on the host")
+    row = result("-1/counter")
+    assert (row["exit_code"], row["gaps"]) == (0, [])
+    for number, stream in ((1, "stdout"), (2, "stderr")):
+        expected = hashlib.sha256(counted(number, row[f"{stream}_bytes"])).hexdigest()
+        assert digest(stream) == expected.encode()
+    assert vm.check("vmr-host logs Server 1/timed") == b"timed\n"
+
+    assert {each["vmr"] for each in json.loads(vm.check("vmr-host list Server --json"))} == {
+        "-1/counter",
+        "1/timed",
+    }
+    assert vm.run("vmr-host rerun Server 1/timed 2>/dev/null") == (0, b"timed\n")
+    log = f"{HOST_LOGS}/Server.log"
+    world.wait(lambda: vm.run(f"grep -c 'exited after' {log}")[1] == b"3\n", "three exits in Server.log")
+    assert vm.check("systemctl --failed --no-legend") == b""
+    assert b"Traceback" not in vm.check("journalctl -o cat -u vmr-host -u vmr-agent")

@@ -12,12 +12,12 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
 from tests.vm.console import CTRL_C, Console
 from tests.vm.host import LAUNCH, VmWorld
-from tests.vm.product import product_files
 from tests.vm.vm import Vm
 
 COMPRESS = """\
@@ -35,10 +35,10 @@ BOTH = "echo to stdout; echo to stderr >&2; exit 7"
 
 
 @pytest.fixture(scope="module")
-def world(vm_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VmWorld]:
+def world(new_vm: Callable[..., Vm], tmp_path_factory: pytest.TempPathFactory) -> Iterator[VmWorld]:
     """One VM and a host, their VMRs staged, the daemon not yet started."""
     began = time.monotonic()
-    with Vm(vm_image, files=product_files()) as vm:
+    with new_vm() as vm:
         world = VmWorld(tmp_path_factory.mktemp("verbs"), vm, {"quiet": "1"})
         world.guest_stage("-4/compress.py", "./compress.py", {"compress.py": COMPRESS})
         world.guest_stage("-3/both", BOTH)

@@ -16,6 +16,7 @@ does. One thread at a time may use a Vm. It is one module because all of it is t
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -37,7 +38,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Optional, Union
+from typing import IO, Any, Callable, Optional, Union
 
 QEMU = "qemu-system-x86_64"
 QGA_PORT = "org.qemu.guest_agent.0"
@@ -49,6 +50,7 @@ PORTS = (QGA_PORT, AGENT_PORT, BENCH_PORT)
 START_LIMIT = 60.0
 BOOT_LIMIT = 300.0
 RUN_LIMIT = 120.0
+UNUSED_LIMIT = 4 * 3600.0  # longer than any run of the tests
 
 # Fixed, because a guest restored from a snapshot knows the size of its disks already. The file is sparse.
 FILES_SIZE = 64 << 20
@@ -70,12 +72,17 @@ class Vm:
         files: Optional[Files] = None,
         cold: bool = False,
         disk: Optional[Path] = None,
+        through: Callable[[Path], str] = os.fspath,
         ports: Sequence[str] = PORTS,
+        snapshot: Optional[Path] = None,
     ) -> None:
         """``files`` are put in before the first command (see ``put``).
 
+        ``snapshot``, of ``ensure_snapshot`` for the same ports, is what it starts from instead of the plain one.
+
         ``disk`` is made if it is missing and stays afterwards, as after a power cut; a VM on a disk that is
         there already always boots cold, since a snapshot's memory fits only the snapshot's disk.
+        ``through`` is told where it is, and says what QEMU is to open instead.
         """
         self.image = image
         self.ports = tuple(ports)
@@ -83,6 +90,8 @@ class Vm:
         self.cold = cold or (disk is not None and disk.exists())
         self._files = files
         self._disk = disk
+        self._through = through
+        self._snapshot = snapshot
         self._request = 0
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._qmp: Optional[_JsonLines] = None
@@ -114,7 +123,7 @@ class Vm:
     def _start(self) -> None:
         base, incoming = self.image / "image.qcow2", None
         if not self.cold:
-            snapshot = ensure_snapshot(self.image, ports=self.ports)
+            snapshot = self._snapshot or ensure_snapshot(self.image, ports=self.ports)
             base, incoming = snapshot / "disk.qcow2", snapshot / "state"
         if self._disk is None:
             self._disk = self.directory / "disk.qcow2"
@@ -122,7 +131,7 @@ class Vm:
             backing = os.fspath(base.resolve())
             _qemu_img("create", "-f", "qcow2", "-F", "qcow2", "-b", backing, os.fspath(self._disk))
         self._write_files(self._files or {})
-        command = [QEMU, *_arguments(self.image, self.directory, self._disk, self.ports)]
+        command = [QEMU, *_arguments(self.image, self.directory, self._through(self._disk), self.ports)]
         if incoming is not None:
             command += ["-incoming", f"exec:exec cat {shlex.quote(os.fspath(incoming))}"]
         with (self.directory / "qemu.log").open("wb") as log:
@@ -393,6 +402,15 @@ class Vm:
         return VmError(f"{message}\n--- QEMU says ---\n{qemu}\n--- the end of the console ---\n{tail}")
 
 
+def drain(port: socket.socket) -> None:
+    """Take what the guest has left in a port, until it says no more."""
+    port.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        while port.recv(1 << 16):
+            pass
+    port.settimeout(START_LIMIT)
+
+
 class _JsonLines:
     """A unix socket that carries one JSON object a line. Lines that are none are dropped."""
 
@@ -435,51 +453,77 @@ class _JsonLines:
         self._socket.close()
 
 
-def ensure_snapshot(image: Path, *, ports: Sequence[str] = PORTS) -> Path:
+def ensure_snapshot(
+    image: Path,
+    *,
+    ports: Sequence[str] = PORTS,
+    key: str = "",
+    prepare: Optional[Callable[[Vm], None]] = None,
+) -> Path:
     """The directory with memory and disk of a booted VM with these devices; made if it is not there.
+
+    ``prepare`` makes another, kept under ``key``: of a VM from the plain one, when it is prepared.
 
     Memory is a migration stream in a file of its own, and each VM's disk an overlay: starting a VM copies
     nothing. (QEMU's own ``savevm`` would keep memory in the disk file, to be copied for each VM.)
     """
-    devices = " ".join(_arguments(Path("image"), Path("vm"), Path("disk"), ports)) + _qemu_version()
+    devices = " ".join(_arguments(Path("image"), Path("vm"), "disk", ports)) + _qemu_version()
     directory = image / f"snapshot-{hashlib.sha256(devices.encode()).hexdigest()[:16]}"
+    backing = "../image.qcow2"
+    if prepare is not None:
+        ensure_snapshot(image, ports=ports)
+        backing = f"../{directory.name}/disk.qcow2"
+        directory = directory.with_name(f"{directory.name}-{key}")
     if directory.exists():
+        os.utime(directory)
         return directory
     with (image / "snapshot.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if directory.exists():
             return directory
+        _forget_unused(image)
         making = Path(tempfile.mkdtemp(prefix="making-", dir=image))
         try:
-            _make_snapshot(image, ports, making)
+            with Vm(image, cold=prepare is None, disk=making / "disk.qcow2", ports=ports) as vm:
+                (prepare or _wait_booted)(vm)
+                _save(vm, making / "state")
+            # Relative, so that the cache can be moved.
+            _qemu_img("rebase", "-u", "-F", "qcow2", "-b", backing, os.fspath(making / "disk.qcow2"))
             making.rename(directory)
         finally:
             shutil.rmtree(making, ignore_errors=True)
     return directory
 
 
-def _make_snapshot(image: Path, ports: Sequence[str], directory: Path) -> None:
-    disk, state = directory / "disk.qcow2", directory / "state"
-    with Vm(image, cold=True, disk=disk, ports=ports) as vm:
-        vm.check("systemctl is-system-running --wait || { systemctl --failed; false; }", BOOT_LIMIT)
-        if QGA_PORT in ports:
-            vm.qga("guest-ping")
-        # What most tests will want from the disk is in memory then.
-        vm.check("python3 -c 'import psutil, msgpack, watchdog.observers'; sync; sleep 1")
-        vm.pause()
-        vm.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
-        vm.qmp("migrate", uri=f"exec:exec cat > {shlex.quote(os.fspath(state))}")
-        deadline = time.monotonic() + START_LIMIT
-        while (status := vm.qmp("query-migrate").get("status")) != "completed":
-            if status == "failed" or time.monotonic() > deadline:
-                raise VmError(f"cannot save the snapshot: {status}")
-            time.sleep(0.05)
-        vm.quit()
-    # Relative, so that the cache can be moved.
-    _qemu_img("rebase", "-u", "-F", "qcow2", "-b", "../image.qcow2", os.fspath(disk))
+def _forget_unused(image: Path) -> None:
+    """Prepared snapshots are as many as there are versions of what is prepared; VMs on one's disk use it as well."""
+    for directory in image.glob("snapshot-*-*"):
+        if directory.stat().st_mtime < time.time() - UNUSED_LIMIT:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
-def _arguments(image: Path, directory: Path, disk: Path, ports: Sequence[str]) -> list[str]:
+def _wait_booted(vm: Vm) -> None:
+    vm.check("systemctl is-system-running --wait || { systemctl --failed; false; }", BOOT_LIMIT)
+    if QGA_PORT in vm.ports:
+        vm.qga("guest-ping")
+    # What most tests will want from the disk is in memory then.
+    vm.check("python3 -c 'import psutil, msgpack, watchdog.observers'; sync; sleep 1")
+
+
+def _save(vm: Vm, state: Path) -> None:
+    """Write the VM's memory to a file, and end the VM."""
+    vm.pause()
+    vm.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+    vm.qmp("migrate", uri=f"exec:exec cat > {shlex.quote(os.fspath(state))}")
+    deadline = time.monotonic() + START_LIMIT
+    while (status := vm.qmp("query-migrate").get("status")) != "completed":
+        if status == "failed" or time.monotonic() > deadline:
+            raise VmError(f"cannot save the snapshot: {status}")
+        time.sleep(0.05)
+    vm.quit()
+
+
+def _arguments(image: Path, directory: Path, disk: str, ports: Sequence[str]) -> list[str]:
     """QEMU's command line. All of it makes the snapshot's name: memory fits only the machine it is from."""
 
     def listening(name: str) -> str:
