@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import apt
 from vmr_agent.cli import agent, arguments, host, staging
 from vmr_agent.guest import settings
 
@@ -37,16 +36,6 @@ VERBS = list(verbs())
 each_verb = pytest.mark.parametrize(
     ("program", "verb", "parser"), VERBS, ids=[f"{program} {verb}".strip() for program, verb, _ in VERBS]
 )
-
-
-def tool(name: str, package: str) -> str:
-    """A tool, from the distribution where it is missing and we are root."""
-    install = ["apt-get", "-qqy", "--no-install-recommends", "install", package]
-    if shutil.which(name) is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(install, capture_output=True)
-    if shutil.which(name) is None:
-        pytest.skip(f"no {name} here")
-    return name
 
 
 def test_what_is_committed_is_what_the_commands_say() -> None:
@@ -128,11 +117,11 @@ def test_the_example_of_settings_holds_each_option_and_can_be_read(tmp_path: Pat
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_manual_pages_are_good_roff(page: Path) -> None:
     done = subprocess.run(
-        [tool("mandoc", "mandoc"), "-Tlint", "-W", "style", page], capture_output=True, text=True
+        [apt.need("mandoc", "mandoc"), "-Tlint", "-W", "style", page], capture_output=True, text=True
     )
     assert done.stdout + done.stderr == ""
     done = subprocess.run(
-        [tool("groff", "groff"), "-ww", "-man", "-Tutf8", page], capture_output=True, text=True
+        [apt.need("groff", "groff"), "-ww", "-man", "-Tutf8", page], capture_output=True, text=True
     )
     assert done.stderr == ""
     assert max(map(len, re.sub(r"\x1b\[[0-9;]*m|.\x08", "", done.stdout).splitlines())) <= 80
@@ -147,7 +136,7 @@ def test_units_name_pages_that_there_are() -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=[str(path.relative_to(path.parents[1])) for path in SCRIPTS])
 def test_completion_scripts_are_good_shell(script: Path) -> None:
     shell = script.parent.name
-    done = subprocess.run([tool(shell, shell), "-n", script], capture_output=True, text=True)
+    done = subprocess.run([apt.need(shell, shell), "-n", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 

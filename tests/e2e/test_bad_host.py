@@ -32,7 +32,7 @@ class BadHost:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listener.bind(os.fspath(path))
         self.listener.listen(8)
-        self.listener.settimeout(20)
+        self.listener.settimeout(60)
         self.sock: Optional[socket.socket] = None
         self.events: list[Any] = []
         self.session = Session(
@@ -75,7 +75,7 @@ class BadHost:
             self.events += self.session.tick(time.monotonic())
             return holds()
 
-        until(heard, what, 20.0)
+        until(heard, what, 60.0)
 
     def open(self) -> None:
         self.accept()
@@ -83,7 +83,7 @@ class BadHost:
 
     def send(self, data: bytes) -> None:
         assert self.sock is not None
-        self.sock.settimeout(2)
+        self.sock.settimeout(60)
         self.sock.sendall(data)
         self.sock.settimeout(0.02)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import apt
 from tests.e2e.world import World, until
 from vmr_agent.cli import arguments, status, tables
 
@@ -31,15 +32,6 @@ NO_VMRS = ("-4/.part", ".hidden/x", "nope/x", "-2/two\nlines")
 SHELLS = pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 
 Complete = Callable[..., list[str]]
-
-
-def need(shell: str) -> None:
-    """The shell, from the distribution where it is missing and we are root."""
-    install = ["apt-get", "-qqy", "--no-install-recommends", "install", shell]
-    if shutil.which(shell) is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(install, capture_output=True)
-    if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} here")
 
 
 @pytest.fixture
@@ -102,7 +94,7 @@ CASES = [
 @pytest.mark.parametrize("shell", ["bash", "fish"])
 @pytest.mark.parametrize(("line", "offered"), CASES, ids=[line for line, _ in CASES])
 def test_what_is_offered(shell: str, line: str, offered: set[str], launch: Path) -> None:
-    need(shell)
+    apt.need(shell, shell)
     complete = in_bash if shell == "bash" else in_fish
     found = complete(line, {**os.environ, "VMR_AGENT_LAUNCH_DIR": str(launch)})
     assert len(found) == len(set(found))
@@ -149,7 +141,7 @@ def test_bash_offers_no_name_that_it_would_act_on(launch: Path, quote: str) -> N
 def test_the_launch_directory_is_found_as_the_commands_find_it(
     shell: str, launch: Path, tmp_path: Path
 ) -> None:
-    need(shell)
+    apt.need(shell, shell)
     complete = in_bash if shell == "bash" else in_fish
     config = tmp_path / "agent.conf"
     config.write_text(f"# launch_dir = /wrong\n[vmr-agent]\nlaunch_dir = {launch}\nquiet=1")
@@ -233,7 +225,7 @@ class Shell:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_a_tab_at_a_terminal(shell: str, launch: Path) -> None:
-    need(shell)
+    apt.need(shell, shell)
     typed = Shell(shell, {**os.environ, "VMR_AGENT_LAUNCH_DIR": str(launch)})
     try:
         typed.completes("vmr-agent rer", "vmr-agent rerun ")

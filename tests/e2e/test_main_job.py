@@ -124,13 +124,19 @@ def test_with_no_host_runs_go_on_and_are_shipped_when_it_comes(world: World) -> 
 
 
 def test_a_background_child_holds_the_pipe_and_not_the_barrier(world: World) -> None:
-    world.stage("-2/leaves-one", "(sleep 2; echo late) & echo now")
+    go = world.path / "go"
+    os.mkfifo(go)
+    world.stage("-2/leaves-one", f"(read -r _ <{go}; echo late) & echo now")
     world.stage("-1/next", "echo next")
     world.start_collector()
     world.start_daemon()
     until(lambda: world.result("-1/next"), "the next time starts")
+    until(
+        lambda: (world.result("-2/leaves-one") or {}).get("state") == "exited", "the host hears of the exit"
+    )
     first = world.result("-2/leaves-one")
-    assert first is not None and first["state"] == "exited" and first["complete"] is False
+    assert first is not None and first["complete"] is False
+    go.write_text("now\n")
     assert world.complete("-2/leaves-one")["stdout_bytes"] == len(b"now\nlate\n")
     assert world.raw("-2/leaves-one") == b"now\nlate\n"
 

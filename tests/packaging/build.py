@@ -16,6 +16,8 @@ from typing import Optional
 
 import pytest
 
+from tests import apt
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("agent", "packaging", "systemd", "tests", "pyproject.toml", "README.md", "LICENSE")
 CANNOT = 3  # a build's exit code: not on this machine
@@ -60,9 +62,9 @@ def export(destination: Path, version: Optional[str] = None) -> Path:
 
 def build(program: str, *arguments: str, tree: Path = REPOSITORY) -> list[Path]:
     """Run one of packaging/'s builds; the files it has made. Skips where it says that it can't be run here."""
-    done = subprocess.run(
-        [tree / "packaging" / program, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    command = [tree / "packaging" / program, *arguments]
+    with apt.alone():  # it may have to install what it builds with
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode == CANNOT:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-6000:]

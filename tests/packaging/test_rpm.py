@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,10 @@ def test_they_come_and_go_in_an_empty_root(rpms: dict[str, Path], tmp_path: Path
     assert (tmp_path / "var/launch").is_dir()
     for name in rpms:
         private = str(tmp_path / "usr/share" / name)
-        code = f"import sys; sys.path.insert(0, {private!r}); import vmr_agent.cli.{name[4:]}"
-        run("/usr/bin/python3", "-IB", "-c", code)
+        # This Python has the libraries; the machine's own may not.
+        code = f"import sys; sys.path.insert(0, {private!r}); import vmr_agent.cli.{name[4:]} as verbs"
+        code += "; print(verbs.__file__)"
+        assert run(sys.executable, "-IB", "-c", code).startswith(private)
     run(*at, "-e", *rpms)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert {name for name in left if "/.rpmdb/" not in name and "lib/rpm/" not in name} == set()
