@@ -561,7 +561,7 @@ class Life:
             at += length
         self._append_output(run, stream, offset + begin, data[begin:], begun)
         where = (self.number, self._size + len(self._waiting))
-        self._quota.add_output(bytes(data), len(run.message.vmr), where)
+        self._quota.add_output(data, len(run.message.vmr), where)
         self.unsynced += len(data)
         self._apply_output(run, stream, end, unfinished=data[-1] != 0x0A)
 
