@@ -66,9 +66,11 @@ class Client:
         """The run whose events it wants."""
         self.observing: Optional[bytes] = None
         """The VMR in whose directory it wants to hear of changes."""
+        self.owed = 0
+        """Answers that are still to come from elsewhere."""
         self._in = b""
         self._out = b""
-        self._listening = True
+        self._listening, self._gave_up = True, False
 
     def fileno(self) -> int:
         return self.sock.fileno()
@@ -78,6 +80,11 @@ class Client:
         """What to wait for, in the words of `selectors`; 0: it can be let go."""
         reading = selectors.EVENT_READ if self._listening else 0
         return reading | (selectors.EVENT_WRITE if self._out else 0)
+
+    @property
+    def over(self) -> bool:
+        """Whether it can be let go, where answers may come later."""
+        return self._gave_up or not (self.events or self.owed)
 
     def read(self) -> list[Mapping[str, Any]]:
         """The requests that came."""
@@ -151,7 +158,7 @@ class Client:
             self._give_up()
 
     def _give_up(self) -> None:
-        self._listening, self.watching, self._out = False, None, b""
+        self._listening, self.watching, self._out, self._gave_up = False, None, b"", True
 
 
 class Connection:

@@ -26,6 +26,7 @@ import pytest
 
 from tests.host.scripted import AGENT, Ended, Guest, Host, Opened, closed, exited, output, run, until
 from vmr_agent import control
+from vmr_agent.errors import Problem
 from vmr_agent.host import collector
 from vmr_agent.host.chardev import Chardev
 from vmr_agent.host.collector import UNHEARD, Collector, Source
@@ -861,6 +862,60 @@ def _introducing(guest: Guest) -> Callable[..., messages.Hello]:
 
     guest.session._introduce = introduce
     return introduce
+
+
+def test_one_vm_that_says_what_takes_long_leaves_the_others_their_turn(host: Host, guest: Guest) -> None:
+    liar = Guest(host.socket("evil")).open()
+    begin(liar)
+    begin(guest)
+    gaps = [messages.Gap(FIRST, 1, at, 1, "") for at in range(1000)]
+    for some in (gaps[:500], gaps[500:]):  # each is listed in the row that the next writes anew
+        done = len(host.raw("evil", PATH))
+        liar.say(*some)
+    until(lambda: len(host.raw("evil", PATH)) > done, "it is at the second half")
+    guest.say(output(b"still here\n"))
+    until(lambda: host.raw("good", PATH), "the good VM's line")
+    assert len(host.raw("evil", PATH)) < len(gaps)
+    until(lambda: len(host.raw("evil", PATH)) == len(gaps), "all of it", 60.0)
+    liar.close()
+
+
+@pytest.mark.parametrize("verb", ["rerun", "kill"])
+@pytest.mark.parametrize(
+    "result",
+    [{}, {"attempt": "\x1b[31m"}, {"attempt": "../../good/-4/a.sh/1"}, {"attempt": True}, {"attempt": 0}],
+)
+def test_what_a_guest_answers_leads_nowhere(
+    host: Host, guest: Guest, verb: str, result: dict[str, messages.Scalar]
+) -> None:
+    begin(guest)
+    told: list[str] = []
+
+    def ask() -> None:
+        with control.Connection(host.sockets / "control", program="collector", hint="") as asked:
+            with pytest.raises(Problem) as problem:
+                asked.ask(verb, vm="good", vmr="-4/a.sh")
+            told.append(str(problem.value))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    request = guest.hear(lambda: guest.heard(messages.Request), "what it is asked")[0]
+    # With a key that would pass for something said unasked.
+    guest.say(messages.Reply(request.request, True, "", {**result, "event": "output"}))
+    asking.join(20.0)
+    assert told == [f"cannot {verb} -4/a.sh: good names no attempt"]
+
+
+def test_who_asks_and_says_no_more_gets_the_answer_all_the_same(host: Host, guest: Guest) -> None:
+    """As `echo … | socat - UNIX-CONNECT:…` does."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(os.fspath(host.sockets / "control"))
+        asking.sendall(b'{"verb": "hold", "vm": "good"}\n')
+        asking.shutdown(socket.SHUT_WR)
+        request = guest.hear(lambda: guest.heard(messages.Request), "what it is asked")[0]
+        guest.say(messages.Reply(request.request, True, "", {}))
+        asking.settimeout(20.0)
+        assert json.loads(asking.makefile().read()) == {"ok": True, "done": 1, "failed": {}}
 
 
 # --- the experiment's start

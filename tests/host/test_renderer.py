@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from vmr_agent.host import vmlogs
 from vmr_agent.host.firewheel_log import LINE_LIMIT
 from vmr_agent.host.logstore import LogStore
 from vmr_agent.host.renderer import Renderer, RendererProcess
+from vmr_agent.host.vmlogs import VmLogs
 from vmr_agent.runs import Ending, Stream
 
 Tell = Callable[[LogStore], object]
@@ -655,6 +657,28 @@ def test_logs_that_cannot_be_written_wait_for_room(tmp_path: Path) -> None:
             assert process.close(WAIT)
     assert msgs(tmp_path) == lines
     assert "exited after" in log(tmp_path)[-1]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_logs_whose_sync_failed_are_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The kernel says so once and calls them clean; file systems that take space late say it only here."""
+    sync = VmLogs.sync_logs
+    failures = [number]
+
+    def fails_once(logs: VmLogs) -> None:
+        if failures and b"two" in (tmp_path / "vm1.log").read_bytes():
+            # What the page cache has and the disk will never have.
+            for kind in ("log", "json"):
+                size = (tmp_path / f"vm1.{kind}").stat().st_size
+                (tmp_path / f"vm1.{kind}").write_bytes(b"\0" * size)
+            raise OSError(failures.pop(), "it failed")
+        sync(logs)
+
+    monkeypatch.setattr(VmLogs, "sync_logs", fails_once)
+    told(tmp_path, lambda store: send(store, b"one\ntwo\n"), finish)
+    assert failures == [] and "one" in msgs(tmp_path) and "two" in msgs(tmp_path)
 
 
 def test_one_vm_with_damaged_files_hurts_no_other(tmp_path: Path) -> None:

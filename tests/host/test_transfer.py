@@ -186,6 +186,27 @@ def all_there(path: Path) -> list[str]:
     return sorted(os.fspath(each.relative_to(path)) for each in path.rglob("*"))
 
 
+def test_a_tree_whose_facts_have_no_end_is_refused(host: Host, liar: Liar, tmp_path: Path) -> None:
+    liar.say = a_tree({"name": "a", "id": "i" * 20_000})
+    code, said = host.pull("x", tmp_path / "inside")
+    assert code == 1 and said.count("\n") == 1 and "says what can't be" in said
+    assert all_there(tmp_path) == []
+
+
+def test_a_tree_that_is_no_longer_one_at_its_end(host: Host, liar: Liar, tmp_path: Path) -> None:
+    tree = a_tree({"name": "a"}, content=b"what is in it")
+    asked: list[str] = []
+
+    def say(verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        asked.append(verb)
+        return {} if verb == "stat" and asked.count("stat") > 1 else tree(verb, args)
+
+    liar.say = say
+    code, said = host.pull("x", tmp_path / "inside")
+    assert code == 0, said
+    assert (tmp_path / "inside" / "a").read_bytes() == b"what is in it"
+
+
 def test_an_honest_file_comes_without_set_uid(host: Host, liar: Liar, tmp_path: Path) -> None:
     liar.say = a_file(b"#!/bin/sh\n", mode=0o6755)
     code, said = host.pull("x", tmp_path)

@@ -102,7 +102,7 @@ class File(Node):
                 if not self.appends:
                     _apply(self.durable, ("size", len(self.content), b""))
                 self.changes.clear()
-                raise fail(errno.EIO)
+                raise fail(self.disk.sync_errno)
             for change in self.changes:
                 _apply(self.durable, change)
             self.changes.clear()
@@ -180,7 +180,7 @@ class Directory(Node):
     def sync(self) -> None:
         if self.changes:
             if self.disk.fails_sync():
-                raise fail(errno.EIO)
+                raise fail(self.disk.sync_errno)
             self.changes.clear()
             self.durable = dict(self.names)
 
@@ -226,6 +226,8 @@ class Disk:
         self.wall_ns = wall_ns  # a function; who says what time it is
         self.full = False
         self.sync_failures = 0
+        self.sync_errno = errno.EIO
+        """Where space is taken late it is a sync that says that there is none."""
         """How many of the next syncs fail."""
         self._ino = 1
         self.root = Directory(self, 0o755)

@@ -5,6 +5,7 @@ It must not know: what must hold (that is in checks).
 
 from __future__ import annotations
 
+import errno
 import gc
 import random
 from dataclasses import dataclass, field
@@ -382,7 +383,9 @@ class World:
             self.clock.after(dice.choice((0.2, 3.0)), lambda: setattr(disk, "full", False))
         elif kind in ("host sync fails", "guest sync fails"):
             self.say(kind)
-            (vm.disk if kind.startswith("guest") else host.disk).sync_failures = dice.choice((1, 1, 3))
+            disk = vm.disk if kind.startswith("guest") else host.disk
+            disk.sync_failures = dice.choice((1, 1, 3))
+            disk.sync_errno = dice.choice((errno.EIO, errno.EIO, errno.ENOSPC))
         elif kind == "time travel":
             self._time_travel()
         elif kind == "clock":

@@ -24,6 +24,10 @@ from vmr_agent.errors import Problem, show
 from vmr_agent.wire.messages import PIECE
 
 _MOST = 1_000_000  # entries of a tree: ten times what anyone has, and what a VM may make us remember
+_FACTS = ("name", "kind", "size", "mode", "mtime", "id", "target")  # of an entry, as PROTOCOL.md has them
+_LONGEST = (
+    16_384  # characters of them: a name, and a target of PATH_MAX bytes, each of which may be written in four
+)
 _MODE = 0o777  # of a file that a VM sends: with its set-uid bit others would run a VM's program as our user
 
 
@@ -212,7 +216,7 @@ def _pull_tree(remote: Remote, path: bytes, target: bytes, progress: Progress) -
                     raise remote.nonsense(f"a link leads to {show(leads_to)}")
                 os.symlink(leads_to, os.path.join(part, inside))
         for inside, facts in [*entries[::-1], (b"", remote.ask("stat", path=path)[0])]:
-            if facts["kind"] == "directory":
+            if facts.get("kind") == "directory":
                 made = os.path.join(part, inside)
                 os.chmod(made, remote.number(facts, "mode") & _MODE)
                 _utime(made, remote.number(facts, "mtime", least=-(2**63)))
@@ -273,11 +277,15 @@ def _manifest(remote: Remote, top: bytes) -> Iterator[tuple[bytes, Mapping[str, 
 def _facts(remote: Remote, data: bytes) -> Iterator[Mapping[str, Any]]:
     for line in data.splitlines():
         try:
-            facts = json.loads(line)
+            row = json.loads(line)
         except (ValueError, RecursionError):
-            facts = None
-        if not isinstance(facts, dict):
+            row = None
+        if not isinstance(row, dict):
             raise remote.nonsense("a directory's list is no JSON")
+        # What is not known here isn't kept, and nothing that is too long: a VM makes all of it.
+        facts = {key: row.get(key) for key in _FACTS}
+        if len(str(facts)) > _LONGEST:
+            raise remote.nonsense("a file's facts have no end")
         yield facts
 
 

@@ -20,7 +20,7 @@ from vmr_agent.errors import Problem
 RETRY_FIRST, RETRY_LAST = 0.1, 1.0  # s between attempts to connect
 UNREAD = 1 << 20  # bytes the guest may leave unread: what is meant for it is small, and all is said again
 ROOM = UNREAD // 2  # bytes; beyond so much unread requests about files wait: two who push ask for all of it
-_PIECE = 1 << 16  # bytes taken at once; of the worst frames so much holds up the other VMs for 0.1 s
+_PIECE = 1 << 16  # bytes taken at once
 _CLOSED = "the other end closed the socket"
 
 
@@ -89,6 +89,15 @@ class Chardev:
             self.drop("the guest doesn't read")
         elif len(self._out) == 1:
             self._send()
+
+    def pause(self) -> None:
+        """Take nothing in until :meth:`resume`; what waits, waits in the guest."""
+        if self._sock is not None:
+            self._loop.remove_reader(self._sock)
+
+    def resume(self) -> None:
+        if self._sock is not None:
+            self._loop.add_reader(self._sock, self._read)
 
     def drop(self, reason: str) -> None:
         """End this connection; the next one is tried in a second."""

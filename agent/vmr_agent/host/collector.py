@@ -52,7 +52,9 @@ STRANGER = 10.0  # s; a socket that talks for so long and says no Hello speaks s
 # its client changed while the VM stood still: the guest hears us and is not heard, until the client changes again.
 UNHEARD = 7.0  # s; more than a heartbeat, and the session is back within three
 GARBAGE = 1 << 20  # bytes in one connection; no guest makes so much, and to search it is work
+TURN = 0.02  # s of one VM's messages, then the others have theirs: there are messages that take long each
 SESSIONS = 10  # at once, then one a second: each is a record in the journal
+LIVES = 100  # at once, then one in ten seconds: each is a directory, and to begin it is several syncs
 LINES = 40  # here, of one VM, at once; then one a second
 MAX_ROWS = 20_000  # VMRs of one VM kept in memory: twice the most anyone stages
 MAX_DELAY = 1e9  # s to time zero, 30 years: one that a guest can count in ns
@@ -70,15 +72,16 @@ def say(line: str) -> None:
 
 
 class _Budget:
-    """What may be had so often at once, and then once a second."""
+    """What may be had so often at once, and then once in so many seconds."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, seconds: float = 1.0) -> None:
         self._most = self._left = float(most)
+        self._seconds = seconds
         self._at = time.monotonic()
 
     def spend(self) -> bool:
         now = time.monotonic()
-        self._left = min(self._most, self._left + now - self._at)
+        self._left = min(self._most, self._left + (now - self._at) / self._seconds)
         self._at = now
         if self._left < 1:
             return False
@@ -137,7 +140,10 @@ class Guest:
         """Runs of which output was refused in this session: what follows it must wait for the next."""
         self._measuring = False
         self._measure_at = 0.0
-        self._sessions, self._lines = _Budget(SESSIONS), _Budget(LINES)
+        self._events: deque[Any] = deque()
+        """Heard, and not yet acted on."""
+        self._resting = False
+        self._sessions, self._lines, self._lives = _Budget(SESSIONS), _Budget(LINES), _Budget(LIVES, 10.0)
         self._unsaid = 0
         self._failure = ""
 
@@ -239,7 +245,9 @@ class Guest:
 
     def _closed(self, reason: str) -> None:
         self._strange_since = self._heard = None
-        self._act(self._session.disconnect(reason))
+        self._events.clear()  # what it holds it says again
+        self._events.extend(self._session.disconnect(reason))
+        self._take_events()
 
     def _received(self, data: bytes) -> None:
         self._heard = time.monotonic()
@@ -249,27 +257,51 @@ class Guest:
             self.chardev.drop("nothing but garbage")
 
     def _act(self, events: Sequence[Any]) -> None:
-        for event in events:
-            try:
-                self._take(event)
-            except Diverged as diverged:
-                self._diverged(str(diverged))
-            except OverQuota:
-                if not self._withhold(event):
-                    return
-            except BadGuest as error:
-                # Nothing it sends in this connection is believed any more; what it holds, it sends again.
-                self.say(f"sends what can't be: {error}; beginning anew")
-                self.chardev.drop("a bad guest")
-                return
-            except OSError as failed:
-                self.store_failed(failed)
-                return
-            except Exception:  # a mistake of ours, which must not become every VM's
-                self.say(f"cannot take what it says:\n{traceback.format_exc()[-1500:]}")
-                self.chardev.drop("what it said could not be taken")
-                return
+        self._events.extend(events)
+        if not self._resting:
+            self._take_events()
+
+    def _take_events(self) -> None:
+        """Act on what was heard, for so long that the other VMs don't notice; then in the loop's next turn."""
+        until = time.monotonic() + TURN
+        while self._events:
+            if time.monotonic() > until:
+                if not self._resting:
+                    self._resting = True
+                    self.chardev.pause()
+                asyncio.get_running_loop().call_soon(self._go_on)
+                break
+            if not self._take_safely(self._events.popleft()):
+                self._events.clear()
         self._write()
+
+    def _go_on(self) -> None:
+        self._resting = False
+        self._take_events()
+        if not self._resting:
+            self.chardev.resume()
+
+    def _take_safely(self, event: Any) -> bool:
+        """Act on one thing heard; False when nothing else of this connection counts."""
+        try:
+            self._take(event)
+        except Diverged as diverged:
+            self._diverged(str(diverged))
+        except OverQuota:
+            return self._withhold(event)
+        except BadGuest as error:
+            # Nothing it sends in this connection is believed any more; what it holds, it sends again.
+            self.say(f"sends what can't be: {error}; beginning anew")
+            self.chardev.drop("a bad guest")
+            return False
+        except OSError as failed:
+            self.store_failed(failed)
+            return False
+        except Exception:  # a mistake of ours, which must not become every VM's
+            self.say(f"cannot take what it says:\n{traceback.format_exc()[-1500:]}")
+            self.chardev.drop("what it said could not be taken")
+            return False
+        return True
 
     def store_failed(self, failed: OSError) -> None:
         """What couldn't be stored isn't acknowledged, and comes again in the next session, a second from now."""
@@ -388,6 +420,8 @@ class Guest:
             raise BadGuest("a Hello without a spool")
         if not self._sessions.spend():
             raise BadGuest("it begins anew too often")
+        if hello.spool != self.store.spool and not self._lives.spend():
+            raise BadGuest("it begins a new life too often")
         self.hello, self._strange_since = hello, None
         self._strange_said = self._contradicted = False
         self._announced.clear()
@@ -761,6 +795,16 @@ class Collector:
                 self._tell(client, {"ok": False, "error": problem.args[0], "hint": problem.hint})
         self._attend(client)
 
+    def _owe(self, client: control.Client) -> Callable[..., None]:
+        """What gives the client an answer that comes later. Until then it is not let go, though it say no more."""
+        client.owed += 1
+
+        def pay(row: Mapping[str, Any], data: bytes = b"") -> None:
+            client.owed -= 1
+            self._tell(client, row, data)
+
+        return pay
+
     def _tell(self, client: control.Client, row: Mapping[str, Any], data: bytes = b"") -> None:
         if client in self._clients:
             client.say(row, data)
@@ -779,7 +823,7 @@ class Collector:
             loop.add_writer(client.sock, self._serve, client)
         else:
             loop.remove_writer(client.sock)
-        if not client.events:
+        if client.over:
             self._drop(client)
 
     def _drop(self, client: control.Client) -> None:
@@ -828,6 +872,10 @@ class Collector:
                 raise Problem(f"cannot start {guest.vm}: its time zero is set already", hint=_NEXT)
             guest.zero = self._now().after(delay)
             self._note_start(guest, guest.zero)
+            try:
+                self._starts.write()
+            except OSError as error:
+                self._cannot_keep(error)
             guest.send(messages.Start(delay=int(delay * 1e9)))
         failed = {guest.vm: f"is offline: {guest.reason}" for guest in guests if not guest.online}
         self._tell(client, {"ok": True, "done": len(guests) - len(failed), "failed": failed})
@@ -845,19 +893,21 @@ class Collector:
                 failed[guest.vm] = f"says: {show(reply.error.encode())}"
             waiting.discard(guest.vm)
             if not waiting:
-                self._tell(client, {"ok": True, "done": len(guests) - len(failed), "failed": failed})
+                pay({"ok": True, "done": len(guests) - len(failed), "failed": failed})
 
+        pay = self._owe(client)
         for guest in guests:
             if not guest.request(verb, {}, functools.partial(answer, guest)):
                 answer(guest, None)
 
     def _verb_files(self, client: control.Client, request: Mapping[str, Any]) -> None:
         guest = self._guest(request)
-
-        def answer(row: Mapping[str, Any], data: bytes) -> None:
-            self._tell(client, row, data)
-
-        guest.relay.ask(request, request.get("data", b""), answer, f"{guest.vm} is offline: {guest.reason}")
+        pay = self._owe(client)
+        try:
+            guest.relay.ask(request, request.get("data", b""), pay, f"{guest.vm} is offline: {guest.reason}")
+        except Problem:
+            client.owed -= 1
+            raise
 
     def _forward(self, client: control.Client, verb: str, request: Mapping[str, Any]) -> None:
         """rerun or kill."""
@@ -876,11 +926,17 @@ class Collector:
 
         def answer(reply: messages.Reply) -> None:
             if not reply.ok:
-                self._tell(client, {"ok": False, "error": show(reply.error.encode()), "hint": None})
+                pay({"ok": False, "error": show(reply.error.encode()), "hint": None})
                 return
-            row = {key: each.hex() if isinstance(each, bytes) else each for key, each in reply.result.items()}
-            self._tell(client, {**row, "ok": True, "log_dir": os.fspath(self._log_dir.absolute())})
+            # Of what a guest says here a path is made, and a line on somebody's terminal.
+            attempt, processes = reply.result.get("attempt"), reply.result.get("processes")
+            if type(attempt) is not int or attempt < 1:
+                pay({"ok": False, "error": f"cannot {verb} {show(vmr)}: {guest.vm} names no attempt"})
+                return
+            row = {"processes": processes} if isinstance(processes, str) else {}
+            pay({"ok": True, "attempt": attempt, **row, "log_dir": os.fspath(self._log_dir.absolute())})
 
+        pay = self._owe(client)
         guest.request(verb, args, answer)
 
     def _running(self, guest: Guest, vmr: bytes) -> bytes:

@@ -212,7 +212,8 @@ class Life:
             _Snapshot(run, run.state, run.streams[Stream.STDOUT].held, run.streams[Stream.STDERR].held)
             for run in self._touched.values()
         ]
-        if checkpoint or self._since_checkpoint >= CHECKPOINT_RECORDS:
+        # As long as what it says, so that a long history is not written out again and again.
+        if checkpoint or self._since_checkpoint >= max(CHECKPOINT_RECORDS, len(self._labels)):
             self._since_checkpoint = 0
             sync.checkpoint = self._checkpoint()
         self.files, self.directories, self._touched, self.unsynced = set(), set(), {}, 0

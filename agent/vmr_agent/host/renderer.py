@@ -122,6 +122,12 @@ class Renderer:
             else:
                 for logs in due:
                     logs.sync_logs()
+        except (
+            OSError
+        ) as error:  # whichever: file systems that take space late say only here that there is none
+            self._doubt(due, error)
+            return
+        try:
             for logs in due:
                 logs.write_note(sync=syncfs is None)
             if syncfs is not None:
@@ -130,14 +136,19 @@ class Renderer:
                 logs.commit_note()
                 self._changed.discard(logs.vm)
         except OSError as error:
-            self._report("all VMs", error)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                # The kernel calls clean what it failed to write: from the last note on it is to be written anew.
-                for logs in due:
-                    logs.reset()
-                    self._waiting.add(logs.vm)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # for the note, which will be another file
+                self._report("all VMs", error)
+            else:
+                self._doubt(due, error)
         else:
             self._report("all VMs", None)
+
+    def _doubt(self, due: Iterable[VmLogs], error: OSError) -> None:
+        """The kernel calls clean what it failed to write: from the last note on it is to be written anew."""
+        self._report("all VMs", error)
+        for logs in due:
+            logs.reset()
+            self._waiting.add(logs.vm)
 
 
 class RendererProcess:
