@@ -45,6 +45,10 @@ class Trigger(enum.Enum):
     REBOOT = "reboot"
 
 
+SCHEDULED = (Trigger.SCHEDULE, Trigger.REBOOT)
+"""Those by which the schedule starts runs; the others are people's."""
+
+
 class Ending(enum.Enum):
     """Which of the four ways a run can end; exactly one field of :class:`RunResult` belongs to each."""
 
@@ -72,6 +76,21 @@ class RunInfo(NamedTuple):
     """Whether the barrier of its start time waits for this run."""
     number: int = 0
     """The how-manieth run of this VMR asked for by a reboot (0: none); bounds reboot loops."""
+    scheduled: Optional[int] = None
+    """The attempt that the schedule started last, this one counted; 0: none; None: whoever made it didn't know."""
+    reboots: int = 0
+    """The largest ``number`` up to this one, where ``scheduled`` is known."""
+
+    def after(self, latest: Optional[RunInfo]) -> RunInfo:
+        """The same, with what it has from the VMR's run before it; None: from none that can be read."""
+        known = self.attempt == 1 if latest is None else latest.scheduled is not None
+        if not known:
+            return self
+        before, reboots = (0, 0) if latest is None else (latest.scheduled, latest.reboots)
+        return self._replace(
+            scheduled=self.attempt if self.trigger in SCHEDULED else before,
+            reboots=max(reboots, self.number),
+        )
 
 
 class Started(NamedTuple):

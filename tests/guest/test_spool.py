@@ -239,7 +239,10 @@ def test_what_is_known_of_a_run_is_read_back_as_it_was(spool: Spool) -> None:
         holds=True,
         number=2,
     )
-    assert run.info == RunInfo(run.info.run, vmr, 1, Trigger.RERUN, "boot", 7, b"\0\1", (1, 2, 3), True, 2)
+    request = (b"\0\1", (1, 2, 3), True, 2)
+    assert run.info == RunInfo(
+        run.info.run, vmr, 1, Trigger.RERUN, "boot", 7, *request, scheduled=0, reboots=2
+    )
     again = reopen(spool).latest(vmr)
     assert again is not None and again.info == run.info
     assert spool.path in run.path.resolve().parents
@@ -255,6 +258,36 @@ def test_attempts_count_on_after_a_restart(spool: Spool) -> None:
     assert [run.info.attempt for run in again.runs_of(VMR)] == [1, 2, 3]
     assert again.runs_of(b"-4/never") == []
     assert again.latest(b"-4/never") is None
+
+
+def test_what_says_how_a_vmr_stands_is_found_without_reading_all_its_runs(spool: Spool) -> None:
+    triggers = [Trigger.SCHEDULE, Trigger.RERUN, Trigger.REBOOT, Trigger.RERUN, Trigger.HOST, Trigger.RERUN]
+    for attempt, trigger in enumerate(triggers, 1):
+        number = 1 if trigger is Trigger.REBOOT else 0
+        run = spool.create(VMR, trigger, boot_id="boot", now_ns=attempt, number=number)
+        if attempt != 4:
+            finish(run)
+    assert [run.info.scheduled for run in spool.runs_of(VMR)] == [1, 1, 3, 3, 3, 3]
+    assert [run.info.reboots for run in spool.runs_of(VMR)] == [0, 0, 1, 1, 1, 1]
+    again = reopen(spool)
+    # The one that the schedule started last, the one without an end, the latest.
+    assert [run.info.attempt for run in again.standing(VMR)] == [3, 4, 6]
+    assert again.standing(b"-4/never") == []
+
+
+@pytest.mark.parametrize("lost", [{}, {"scheduled": None}, {"scheduled": 9}])
+def test_where_the_latest_run_does_not_know_all_are_read(spool: Spool, lost: dict[str, object]) -> None:
+    for trigger in (Trigger.SCHEDULE, Trigger.RERUN, Trigger.RERUN):
+        run = spool.create(VMR, trigger, boot_id="boot", now_ns=1)
+        finish(run)
+    path = run.path / "run.json"
+    row = json.loads(path.read_bytes())
+    for key in ("scheduled", "reboots"):
+        del row[key]
+    path.write_text(json.dumps({**row, **lost}))
+    again = reopen(spool)
+    assert [run.info.attempt for run in again.standing(VMR)] == [1, 2, 3]
+    assert create(again).info.scheduled == (4 if lost.get("scheduled") else None)
 
 
 def test_the_reader_sees_runs_beside_the_daemon(spool: Spool) -> None:

@@ -150,7 +150,7 @@ MUTANTS: dict[str, Mutant] = {
         runner, "Runner._clear_reboot", "os.fsync(directory)", "pass", 20_000, _with("power cut")
     ),
     "a restarted daemon forgets what has run": Mutant(
-        roster, "Roster._entry", "for run in self._spool.runs_of(name):", "for run in ():"
+        roster, "Roster._entry", "for run in self._spool.standing(name):", "for run in ():"
     ),
     "a run is lost while its script lives": Mutant(
         runner, "Runner.judge", "if not processes.gone(started, boot_id=self._boot_id) or", "if"
@@ -296,7 +296,12 @@ MUTANTS: dict[str, Mutant] = {
         renderer, "Renderer._note", "logs.sync_logs()", "pass", 400
     ),
     "the renderer believes a failed sync the second time": Mutant(
-        renderer, "Renderer._note", "logs.reset()", "pass", 20_000, _with("host sync fails", "host power cut")
+        renderer,
+        "Renderer._doubt",
+        "logs.reset()",
+        "pass",
+        20_000,
+        _with("host sync fails", "host power cut"),
     ),
     "what is not durable is rendered": Mutant(
         vmlogs,

@@ -97,6 +97,7 @@ class Daemon:
         self._next_retry: Optional[float] = None
         self._unheeded = False
         self._complaint, self._complained = "", 0.0
+        self._runner_watched = (0, -1)
 
     # --- the loop ---
 
@@ -122,7 +123,9 @@ class Daemon:
         while not self._stopping:
             for key, _ in self._selector.select(self.timeout()):
                 self._try(key.data)
+                self._follow_runner()
             self.turn()
+            self._follow_runner()
         self._shut_down()
 
     def begin(self) -> None:
@@ -137,7 +140,7 @@ class Daemon:
         """
         now = machine.boottime()
         self._try(self._look, now)
-        self._try(self._supervisor.decide_if_due, now)
+        self._try(self._decide, now)
         self._try(self._ship, now)
         self._verbs.tell(self._supervisor.take_news())
         if self._supervisor.eager:
@@ -182,8 +185,8 @@ class Daemon:
         if complaint != self._complaint or now >= self._complained + _SAID_AGAIN:
             self._complaint, self._complained = complaint, now
             self._log(f"{complaint}; trying again")
-        self._supervisor.put_off()
-        self._next_retry = now + _RETRY
+        if self._next_retry is None:  # else what fails again and again would put off for ever what makes room
+            self._next_retry = now + _RETRY
         self._next_idle = max(self._next_idle, self._next_retry)
 
     def _stop(self) -> None:
@@ -212,9 +215,23 @@ class Daemon:
                 self._link.renew("something in it could not be done")
         self._supervisor.reap()
         if idle or again or self._supervisor.watcher.due(now):
-            self._try(lambda: self._supervisor.look(now, full=full))
+            self._try(self._scan, now, full)
         if idle:
             self._idle(now, full=full)
+
+    def _scan(self, now: float, full: bool) -> None:
+        try:
+            self._supervisor.look(now, full=full)
+        except OSError:
+            self._supervisor.put_off()  # what could not be noted may have its turn before all else
+            raise
+
+    def _decide(self, now: float) -> None:
+        try:
+            self._supervisor.decide_if_due(now)
+        except (Problem, OSError):
+            self._supervisor.put_off()
+            raise
 
     def _idle(self, now: float, *, full: bool) -> None:
         """What one step can't do, on a disk that fails, keeps no other from being done."""
@@ -224,7 +241,6 @@ class Daemon:
         self._try(self._supervisor.judge_all)
         self._try(self._make_room)
         self._shipper.touch_all()  # a kick that was lost
-        self._follow_runner()
         if self._supervisor.watcher.alive():
             machine.notify("WATCHDOG=1")
 
@@ -236,21 +252,19 @@ class Daemon:
         self._spool.enforce(acked)
 
     def _follow_runner(self) -> None:
-        """Watch the fork server's socket, which is another after it was started again."""
-        fileno = self._supervisor.runner.fileno()
-        for key in list(self._selector.get_map().values()):
-            if key.data == self._handle_runner and key.fd != fileno:
-                self._selector.unregister(key.fileobj)
-        if fileno >= 0 and fileno not in self._selector.get_map():
-            self._on_read(fileno, self._handle_runner)
+        """Watch the fork server's socket: another, though its number be the same, when there is another server."""
+        runner = self._supervisor.runner
+        watched = (runner.server_pid, runner.fileno())
+        if watched == self._runner_watched:
+            return
+        if self._runner_watched[1] >= 0:
+            self._selector.unregister(self._runner_watched[1])
+        if watched[1] >= 0:
+            self._on_read(watched[1], self._handle_runner)
+        self._runner_watched = watched
 
     def _handle_runner(self) -> None:
-        # Forget the old descriptor before it is closed: its number may be given again.
-        for key in list(self._selector.get_map().values()):
-            if key.data == self._handle_runner:
-                self._selector.unregister(key.fileobj)
         self._supervisor.runner.handle()
-        self._follow_runner()
 
     # --- to the host ---
 
@@ -302,7 +316,7 @@ class Daemon:
         for name in changed:
             entry = self._supervisor.roster.get(name)
             if entry is not None:
-                self._send_row(entry)
+                self._try(self._send_row, entry)
             elif self._rows_sent.pop(name, None) is not None:
                 self._shipper.send(messages.Vmr(vmr=name, state="gone", attempt=0, reason=""))
 
@@ -338,7 +352,7 @@ class Daemon:
             self._log(f"session open with the host ({event.hello.version})")
             self._rows_sent.clear()
             for entry in self._supervisor.roster:
-                self._send_row(entry)
+                self._try(self._send_row, entry)
             self._shipper.send(messages.Vmr(vmr=None, state="", attempt=0, reason=""))
         elif isinstance(event, Ended):
             self._log(f"session with the host over: {event.reason}")

@@ -57,7 +57,8 @@ class Events:
 
         # 7.1 warns of watches it made twice, at length.
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"watchdog\.")
-        logging.getLogger("watchdog").addHandler(logging.NullHandler())
+        if not logging.getLogger("watchdog").handlers:
+            logging.getLogger("watchdog").addHandler(logging.NullHandler())
         prefix = path.rstrip(b"/") + b"/"
         hear = self._hear
 

@@ -143,6 +143,15 @@ def kill(run: Run, number: int) -> dict[int, str]:
     return signalled
 
 
+def let_go(run: Run) -> None:
+    """Let every process of a run go on, whatever stopped it: :func:`kill` was cut off in the middle."""
+    import psutil
+
+    for process in tree(run):
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGCONT)
+
+
 def _stat(pid: int) -> list[bytes]:
     """The fields of /proc/<pid>/stat from the third on: the name before may hold blanks and parentheses."""
     try:

@@ -10,10 +10,8 @@ from typing import Any, Optional
 
 from vmr_agent.errors import show
 from vmr_agent.guest.spool import Run, Spool
-from vmr_agent.runs import Ending, RunId, RunResult, Trigger, signal_name, timestamp
+from vmr_agent.runs import SCHEDULED, Ending, RunId, RunResult, signal_name, timestamp
 from vmr_agent.schedule import Past, Staging, Vmr, sort_key
-
-_SCHEDULED = (Trigger.SCHEDULE, Trigger.REBOOT)
 
 
 class Entry:
@@ -33,11 +31,11 @@ class Entry:
         """A run of it was made, or found; in whatever order."""
         if self.latest is None or run.info.attempt >= self.latest.info.attempt:
             self.latest, self.changed = run, None
-        if run.info.trigger in _SCHEDULED:
-            if self.scheduled is None or run.info.attempt >= self.scheduled.info.attempt:
-                self.scheduled = run
-            self.reboots = max(self.reboots, run.info.number)
-        if run.result() is None:
+        self.reboots = max(self.reboots, run.info.number, run.info.reboots)
+        since = 0 if self.scheduled is None else self.scheduled.info.attempt
+        if run.info.trigger in SCHEDULED and run.info.attempt >= since:
+            self.scheduled = run
+        if _end(run) is None:
             self.unfinished[run.info.run] = run
 
 
@@ -114,14 +112,14 @@ class Roster:
         entry = self._entries.get(name)
         if entry is None:
             entry = Entry(name)
-            for run in self._spool.runs_of(name):
+            for run in self._spool.standing(name):
                 entry.began(run)
             # Not before: where its past can't be read, it must not pass for one that never ran.
             self._entries[name] = entry
         return entry
 
     def _history(self, entry: Entry) -> Past:
-        result = entry.scheduled.result() if entry.scheduled else None
+        result = _end(entry.scheduled) if entry.scheduled else None
         return Past(
             attempts=entry.latest.info.attempt if entry.latest else 0,
             running=entry.scheduled is not None and entry.scheduled.info.run in entry.unfinished,
@@ -147,6 +145,14 @@ class Roster:
             self._vmrs[name] = entry.vmr
         if past.attempts:
             self._past[name] = past
+
+
+def _end(run: Run) -> Optional[RunResult]:
+    """How it ended; None also as long as that can't be read, when nobody may believe that it has."""
+    try:
+        return run.result()
+    except OSError:
+        return None
 
 
 def state_of(entry: Entry) -> tuple[str, str]:
@@ -183,9 +189,22 @@ def row(entry: Entry, *, waiting: str, delivered: str, now: float) -> dict[str, 
     ``waiting`` says why it has not run; ``delivered`` is ``yes``, ``no`` or how much of it the host holds; ``now``
     is CLOCK_BOOTTIME. Each key is explained to those who read it in cli/status.py.
     """
-    state, reason = state_of(entry)
+    try:
+        return _row(entry, entry.latest, *state_of(entry), waiting, delivered, now)
+    except OSError as error:  # one run's records, which hide no other's
+        return _row(entry, None, "unreadable", str(error.strerror), waiting, delivered, now)
+
+
+def _row(
+    entry: Entry,
+    run: Optional[Run],
+    state: str,
+    reason: str,
+    waiting: str,
+    delivered: str,
+    now: float,
+) -> dict[str, Any]:
     start_time, _, name = entry.name.partition(b"/")
-    run = entry.latest
     result = run.result() if run is not None else None
     started = run.started() if run is not None else None
     lengths = run.lengths() if run is not None else None
@@ -195,8 +214,8 @@ def row(entry: Entry, *, waiting: str, delivered: str, now: float) -> dict[str, 
         "vmr": show(entry.name),
         "start_time": show(start_time),
         "name": show(name),
-        "attempt": run.info.attempt if run else 0,
-        "trigger": run.info.trigger.value if run else None,
+        "attempt": entry.latest.info.attempt if entry.latest else 0,
+        "trigger": entry.latest.info.trigger.value if entry.latest else None,
         "state": state,
         "pid": started.pid if started else None,
         "started": timestamp(started_ns) if started_ns is not None else None,

@@ -97,9 +97,10 @@ class Runner:
             self._ordered.clear()  # whatever it had not begun is ordered again by judge()
 
     def _start_server(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server_started = time.monotonic()
+        ours: Optional[socket.socket] = None
         try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 self._server = subprocess.Popen(
                     self._command,
@@ -110,7 +111,8 @@ class Runner:
                     env={"PATH": _PATH, "LANG": os.environ.get("LANG", "C.UTF-8"), "HOME": _home()},
                 )
         except OSError as error:
-            ours.close()
+            if ours is not None:
+                ours.close()
             self._log(f"cannot start the fork server: {error.strerror}")
             return
         ours.settimeout(_SEND_S)

@@ -57,6 +57,7 @@ from vmr_agent.schedule import parse_vmr
 RECORD = struct.Struct("<QQIB3x")
 _RECORDS_AT_ONCE = 170  # just under one page
 
+STOPPING, LET_GO = "stopping", "let go"  # notes: all of a run's processes stand still between the two
 KEPT_TAIL = 64 * 1024  # pruned last: the host compares the CRC of its last 64 KiB with ours
 _PUNCH_UNIT = 4096
 _SMALL_FILES = 5 * 4096  # the blocks of run.json, started, exit.json and two directories, near enough
@@ -173,6 +174,8 @@ def _info_to_row(info: RunInfo) -> dict[str, Any]:
         "script": list(info.script),
         "holds": info.holds,
         "number": info.number,
+        "scheduled": info.scheduled,
+        "reboots": info.reboots,
     }
 
 
@@ -194,6 +197,8 @@ def _info_from_row(row: Mapping[str, Any]) -> RunInfo:
         script=(device, inode, ctime_ns),
         holds=bool(row["holds"]),
         number=whole(row["number"]),
+        scheduled=whole(row["scheduled"]) if row.get("scheduled") is not None else None,
+        reboots=whole(row.get("reboots", 0)),
     )
 
 
@@ -725,10 +730,22 @@ class Run:
         _sync(self.path)
 
     def remembered(self, key: str) -> bool:
+        return json.dumps(key).encode() in self._notes()
+
+    def interrupted(self) -> bool:
+        """Whether a daemon died while the run's processes stood still for a signal."""
+        found = [
+            note
+            for note in self._notes()
+            if note in (json.dumps(STOPPING).encode(), json.dumps(LET_GO).encode())
+        ]
+        return found[-1:] == [json.dumps(STOPPING).encode()]
+
+    def _notes(self) -> list[bytes]:
         try:
-            return json.dumps(key).encode() in (self.path / "notes").read_bytes().split(b"\n")
+            return (self.path / "notes").read_bytes().split(b"\n")
         except FileNotFoundError:
-            return False
+            return []
 
     # -- space --
 
@@ -740,8 +757,9 @@ class Run:
         for name in ("stdout", "stderr", "index", "gaps"):
             with contextlib.suppress(OSError):
                 total += (self.path / name).stat().st_blocks * 512
-        if self.closed() is not None:
-            self._settled_usage = total
+        with contextlib.suppress(OSError):  # that one can't be read keeps no other from being pruned
+            if self.closed() is not None:
+                self._settled_usage = total
         return total
 
     def kept_bytes(self) -> int:
@@ -848,6 +866,14 @@ _with_fds: OrderedDict[Run, None] = OrderedDict()
 _MAX_WITH_FDS = 64
 
 
+def _over(run: Run) -> bool:
+    """Whether nothing can come of it any more; also where nobody can read whether it is."""
+    try:
+        return run.closed() is not None
+    except OSError:
+        return True
+
+
 # -- all runs --
 
 
@@ -880,8 +906,28 @@ class History:
 
     def runs_of(self, vmr: bytes) -> list[Run]:
         """Every run of a VMR, oldest first."""
-        runs = (self.run(vmr, attempt) for attempt in self._attempts(vmr))
-        return [run for run in runs if run is not None]
+        return list(self.newest_first(vmr))[::-1]
+
+    def newest_first(self, vmr: bytes) -> Iterator[Run]:
+        """The same, for those who need the last few alone."""
+        runs = (self.run(vmr, attempt) for attempt in reversed(self._attempts(vmr)))
+        return (run for run in runs if run is not None)
+
+    def standing(self, vmr: bytes) -> list[Run]:
+        """The runs that say how a VMR stands, oldest first: the latest, the one that the schedule started last, and
+        those without an end. All of them where the latest doesn't know which."""
+        latest = next(self.newest_first(vmr), None)
+        if latest is None or latest.info.scheduled is None:
+            return self.runs_of(vmr)
+        there = os.fspath((self.path / "runs" / run_path(vmr, 1)).parent)
+        telling = {latest.info.attempt, latest.info.scheduled} - {0}
+        # A look at a name for each, not at what is in the file: there may be thousands.
+        attempts = self._attempts(vmr)
+        telling |= {each for each in attempts if not os.path.lexists(f"{there}/{each}/exit.json")}
+        found = {attempt: self.run(vmr, attempt) for attempt in sorted(telling)}
+        if latest.info.scheduled and found[latest.info.scheduled] is None:
+            return self.runs_of(vmr)
+        return [run for run in found.values() if run is not None]
 
     def names(self) -> list[bytes]:
         """The VMRs that have runs."""
@@ -1061,7 +1107,7 @@ class Spool(History):
     def latest(self, vmr: bytes) -> Optional[Run]:
         if vmr not in self._latest:
             run = super().latest(vmr)
-            if run is not None and run.closed() is None and run.info.run not in self._open:
+            if run is not None and run.info.run not in self._open and not _over(run):
                 # Its link was lost with the power: only what is closed may be without.
                 self._link(run.info)
                 self._open[run.info.run] = run
@@ -1093,6 +1139,7 @@ class Spool(History):
         latest = self.latest(vmr)
         attempt = max([latest.info.attempt if latest else 0, *attempts]) + 1
         info = RunInfo(os.urandom(16), vmr, attempt, trigger, boot_id, now_ns, request, script, holds, number)
+        info = info.after(latest.info if latest is not None else None)
         path = self.path / "runs" / run_path(vmr, attempt)
         made = False
         try:
@@ -1190,7 +1237,10 @@ class Spool(History):
             # no directory at all; somebody else's run, because the number was given again; damage.
             path = Path(os.path.normpath(self.path / "open" / os.readlink(link)))
             ours = path.parent.parent.parent == runs
-            run = self._load(path) if ours else None
+            try:
+                run = self._load(path) if ours else None
+            except OSError:
+                continue  # it can't be read now; the others can
             if run is not None and run.info.run.hex() == link.name:
                 found[run.info.run] = run
                 continue

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import enum
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Union
 
@@ -23,12 +25,13 @@ from vmr_agent.guest.roster import Entry, Roster
 from vmr_agent.guest.runner import NOTHING, Runner, sync_directory
 from vmr_agent.guest.settings import Settings
 from vmr_agent.guest.shipper import Shipper
-from vmr_agent.guest.spool import Lengths, Run, Spool, TimeZero
+from vmr_agent.guest.spool import LET_GO, STOPPING, Lengths, Run, Spool, TimeZero
 from vmr_agent.guest.watcher import Watcher
 from vmr_agent.runs import RunId, Trigger
 from vmr_agent.schedule import Now, Staging, decide, explain, near, standstill
 
 _SLICE = 0.2  # s; how long runs are started on end before the loop looks at the rest: a thousand take seconds
+_REPEATED = 16  # runs; a request that comes again, after a lost session, asked for one of the last
 _FAR = 10**18  # ns; a time zero that is further away than this overflows on the wire
 
 
@@ -96,6 +99,7 @@ class Supervisor:
         # Seen, and not yet noted in the state directory.
         self._changed: set[bytes] = set()
         self._gone: set[bytes] = set()
+        self._unjudged: set[RunId] = set()
         # Known, but a failing disk has kept their runs from being followed.
         self._unmet: set[bytes] = set()
         self._news: set[tuple[News, Union[bytes, RunId]]] = set()
@@ -104,10 +108,17 @@ class Supervisor:
     def begin(self) -> None:
         """Find the runs that the host has not whole, and what has become of them while nobody looked; then watch."""
         for run in self.runner.attach():
-            self.roster.began(run)
             self._follow(run)
+            try:
+                self.roster.began(run)
+                if run.interrupted():
+                    processes.let_go(run)
+                    run.remember(LET_GO)
+            except OSError as error:  # of one that can't be read; the others go on
+                self._log(f"cannot look after {show(run.info.vmr)}: {error.strerror}")
         for entry in self.roster:
-            self._follow_open(entry)
+            with suppress(OSError):
+                self._follow_open(entry)
         for run in list(self.live.values()):
             self._judge(run)
         self.watcher.start()
@@ -288,24 +299,31 @@ class Supervisor:
         decision = decide(*self.roster.for_schedule(), self._now(now))
         self._wake = decision.wake
         self._say_given_up(decision.given_up)
+        until, failed = machine.boottime() + _SLICE, None
         for start in decision.start:
-            if machine.boottime() > now + _SLICE:
+            if machine.boottime() > until:
                 self._undecided = True
                 break
             entry = self.roster.get(start.vmr)
             if entry is None or entry.vmr is None:
                 continue
             number = entry.reboots + 1 if start.trigger is Trigger.REBOOT else 0
-            run = self.runner.start(
-                start.vmr,
-                start.trigger,
-                now_ns=time.time_ns(),
-                script=entry.vmr.script or (0, 0, 0),
-                holds=start.holds,
-                number=number,
-                clear_reboot=start.clear_reboot,
-            )
+            try:
+                run = self.runner.start(
+                    start.vmr,
+                    start.trigger,
+                    now_ns=time.time_ns(),
+                    script=entry.vmr.script or (0, 0, 0),
+                    holds=start.holds,
+                    number=number,
+                    clear_reboot=start.clear_reboot,
+                )
+            except Problem as problem:
+                failed = problem
+                continue
             self._began(run)
+        if failed is not None:
+            raise failed
         if decision.configured and not self._spool.configured():
             self._spool.set_configured()
             self._log("configured: every negative time has run")
@@ -337,7 +355,7 @@ class Supervisor:
         now = machine.boottime()
         self.look(now, full=True)  # what lies there now is what runs: look at it, not at what we remember
         entry = self.known(name)
-        for run in self._spool.runs_of(name)[::-1]:
+        for run in islice(self._spool.newest_first(name), _REPEATED):
             if request and run.info.request == request:
                 return run
         for run in list(entry.unfinished.values()):  # settled, one leaves it
@@ -380,21 +398,26 @@ class Supervisor:
                 raise Problem(
                     f"cannot kill {show(entry.name)}: its script has not begun: {run.blocked() or 'it is about to'}"
                 )
-            return Killed(run.info.attempt, processes.kill(run, number))
+            return Killed(run.info.attempt, self._signal(run, number))
         raise Problem(f"cannot kill {show(entry.name)}: it isn't running")
 
     def kill_run(self, name: bytes, run_id: bytes, number: int, request: str) -> Killed:
         """The same for one run, and once for each request, however often it comes. Raises Problem as :meth:`kill`."""
-        found = [run for run in self._spool.runs_of(name) if run.info.run == run_id]
-        for run in found:
-            if run.remembered(f"kill {request}"):
-                return Killed(run.info.attempt, {})
+        found = next((run for run in self._spool.newest_first(name) if run.info.run == run_id), None)
+        if found is not None and found.remembered(f"kill {request}"):
+            return Killed(found.info.attempt, {})
         live = self.live.get(RunId(run_id))
-        if not found or live is None or live.closed() is not None:
+        if found is None or live is None or live.closed() is not None:
             raise Problem(f"cannot kill {show(name)}: it isn't running")
-        with suppress(OSError):  # on a full disk it is killed all the more
-            live.remember(f"kill {request}")
-        return Killed(live.info.attempt, processes.kill(live, number))
+        note = f"kill {request}"
+        if (
+            number == signal.SIGKILL
+        ):  # twice is harmless, and a daemon that dies in between must not make it never
+            killed = Killed(live.info.attempt, self._signal(live, number))
+            self._remember(live, note)
+            return killed
+        self._remember(live, note)
+        return Killed(live.info.attempt, self._signal(live, number))
 
     def hold(self) -> None:
         """Start nothing by schedule until :meth:`resume`. Raises Problem when that can't be noted."""
@@ -446,6 +469,18 @@ class Supervisor:
 
     # --- inside ---
 
+    def _signal(self, run: Run, number: int) -> dict[int, str]:
+        """Signal a run's processes, which stand still meanwhile; noted, for whoever comes when we die in it."""
+        self._remember(run, STOPPING)
+        try:
+            return processes.kill(run, number)
+        finally:
+            self._remember(run, LET_GO)
+
+    def _remember(self, run: Run, note: str) -> None:
+        with suppress(OSError):  # on a full disk it is killed all the more
+            run.remember(note)
+
     def _note_change(self, name: bytes) -> None:
         vmr = self.watcher.vmrs.get(name)
         if vmr is None:
@@ -459,9 +494,10 @@ class Supervisor:
             self._unmet.add(name)
         self.roster.staged(name, vmr)
         entry = self.roster.get(name)
+        if entry is not None and entry.latest is not None and not self._spool.gone(name):
+            self.watcher.done(name)
         if name in self._unmet:
             if entry is not None and entry.latest is not None:
-                self.watcher.done(name)
                 self._follow_open(entry)
             self._unmet.discard(name)
 
@@ -492,8 +528,11 @@ class Supervisor:
         try:
             self.runner.judge(run, acked=Lengths(*delivered[1:]) if delivered else NOTHING)
         except OSError as error:
-            self._log(f"cannot judge {show(run.info.vmr)}: {error.strerror}; trying again")
+            if run.info.run not in self._unjudged:
+                self._unjudged.add(run.info.run)
+                self._log(f"cannot judge {show(run.info.vmr)}: {error.strerror}; trying again")
             return
+        self._unjudged.discard(run.info.run)
         self._settle(run)
 
     def _settle(self, run: Run) -> None:

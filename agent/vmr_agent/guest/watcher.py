@@ -39,7 +39,9 @@ _WALK_STALE_S = 30.0
 
 _MAX_DOUBLINGS = 5  # of `settle`, for a tree that is written to after its x bit was set
 _MAX_NAMED = 1000  # lines in the log about what isn't a VMR
-_RETRY_S = 30.0  # between two tries to get events
+# Between two tries to get events; twice as long after each, for each that fails costs watchdog 2 an inotify instance.
+_RETRY_S = 30.0
+_MOST_RETRY_S = 3_600.0
 
 
 class Watcher:
@@ -78,6 +80,7 @@ class Watcher:
         self._watched: Optional[tuple[int, int]] = None
         self._tried: Optional[tuple[int, int]] = None
         self._next_try = 0.0
+        self._wait = _RETRY_S
         self._complaint = ""
 
     # --- what was seen ---
@@ -231,7 +234,8 @@ class Watcher:
             return
         if identity == self._tried and self._now < self._next_try:
             return
-        self._tried, self._next_try = identity, self._now + _RETRY_S
+        self._wait = _RETRY_S if identity != self._tried else min(2 * self._wait, _MOST_RETRY_S)
+        self._tried, self._next_try = identity, self._now + self._wait
         try:
             self._events.start(path)
         except Exception as error:  # of whatever kind: events only save time
