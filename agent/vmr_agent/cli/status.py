@@ -30,7 +30,7 @@ KEYS: Mapping[str, str] = {
     "name": "its second part",
     "attempt": "the latest attempt; 0: none yet",
     "trigger": "what started it: schedule, rerun, host or reboot; null: none yet",
-    "state": "staged, waiting, refused, running, blocked, exited, killed, failed to start or lost",
+    "state": "staged, waiting, refused, running, blocked, exited, killed, failed to start, lost or unreadable",
     "pid": "process id of the script, or null",
     "started": "UTC, as in 2024-06-06T00:43:08.123456Z; null: not started",
     "ended": "likewise; null: not ended",

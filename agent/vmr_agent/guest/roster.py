@@ -13,6 +13,8 @@ from vmr_agent.guest.spool import Run, Spool
 from vmr_agent.runs import SCHEDULED, Ending, RunId, RunResult, signal_name, timestamp
 from vmr_agent.schedule import Past, Staging, Vmr, sort_key
 
+_UNREADABLE = "unreadable"
+
 
 class Entry:
     """One VMR: how it is staged (None: gone) and its latest runs."""
@@ -157,6 +159,13 @@ def _end(run: Run) -> Optional[RunResult]:
 
 def state_of(entry: Entry) -> tuple[str, str]:
     """(state, reason): the words of DESIGN "result.json" for the VMR's latest attempt, or for how it is staged."""
+    try:
+        return _state(entry)
+    except OSError as error:  # of one run's records, which hide no other's
+        return _UNREADABLE, str(error.strerror)
+
+
+def _state(entry: Entry) -> tuple[str, str]:
     vmr = entry.vmr
     if entry.latest is not None:
         result = entry.latest.result()
@@ -189,21 +198,8 @@ def row(entry: Entry, *, waiting: str, delivered: str, now: float) -> dict[str, 
     ``waiting`` says why it has not run; ``delivered`` is ``yes``, ``no`` or how much of it the host holds; ``now``
     is CLOCK_BOOTTIME. Each key is explained to those who read it in cli/status.py.
     """
-    try:
-        return _row(entry, entry.latest, *state_of(entry), waiting, delivered, now)
-    except OSError as error:  # one run's records, which hide no other's
-        return _row(entry, None, "unreadable", str(error.strerror), waiting, delivered, now)
-
-
-def _row(
-    entry: Entry,
-    run: Optional[Run],
-    state: str,
-    reason: str,
-    waiting: str,
-    delivered: str,
-    now: float,
-) -> dict[str, Any]:
+    state, reason = state_of(entry)
+    run = None if state == _UNREADABLE else entry.latest
     start_time, _, name = entry.name.partition(b"/")
     result = run.result() if run is not None else None
     started = run.started() if run is not None else None
