@@ -868,15 +868,15 @@ def test_one_vm_that_says_what_takes_long_leaves_the_others_their_turn(host: Hos
     liar = Guest(host.socket("evil")).open()
     begin(liar)
     begin(guest)
-    gaps = [messages.Gap(FIRST, 1, at, 1, "") for at in range(1000)]
-    for some in (gaps[:500], gaps[500:]):  # each is listed in the row that the next writes anew
+    gaps = [messages.Gap(FIRST, 1, at, 1, "") for at in range(600)]
+    for some in (gaps[:300], gaps[300:]):  # each is listed in the row that the next writes anew
         done = len(host.raw("evil", PATH))
         liar.say(*some)
     until(lambda: len(host.raw("evil", PATH)) > done, "it is at the second half")
     guest.say(output(b"still here\n"))
     until(lambda: host.raw("good", PATH), "the good VM's line")
     assert len(host.raw("evil", PATH)) < len(gaps)
-    until(lambda: len(host.raw("evil", PATH)) == len(gaps), "all of it", 60.0)
+    until(lambda: len(host.raw("evil", PATH)) == len(gaps), "all of it", 120.0)
     liar.close()
 
 

@@ -211,6 +211,8 @@ class Guest:
     # --- from the guest ---
 
     def tick(self, now: float) -> None:
+        if self._resting:
+            self._session.busy(now)
         due = self._session.next_tick()
         if due is not None and now >= due:
             self._act(self._session.tick(now))

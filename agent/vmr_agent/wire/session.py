@@ -131,6 +131,10 @@ class Session:
             self._item(item, now, events)
         return events
 
+    def busy(self, now: float) -> None:
+        """What came is still being acted on: nobody listens, so nobody is silent."""
+        self._heard = now
+
     def tick(self, now: float) -> list[Event]:
         """What the passing of time means; to be called at :meth:`next_tick`."""
         events: list[Event] = []
