@@ -157,6 +157,7 @@ def test_a_saved_vm_is_restored_as_it_was(vm_image: Path) -> None:
         assert machine.qga("guest-ping") == {}
 
 
+@pytest.mark.long  # test_power.py rests on it
 def test_reset_boots_again_and_a_kept_disk_outlives_the_power_cut(vm_image: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk.qcow2"
     with Vm(vm_image, disk=disk) as machine:
@@ -195,6 +196,7 @@ def test_a_lossy_disk_loses_what_the_guest_has_not_flushed(vm_image: Path, tmp_p
         lossy.close()
 
 
+@pytest.mark.long  # test_power.py rests on it
 def test_a_guest_that_reboots_by_itself_is_met_again(vm_image: Path) -> None:
     with Vm(vm_image) as machine:
         first = machine.boot_id
