@@ -25,9 +25,7 @@ from vmr_agent.wire.messages import PIECE
 
 _MOST = 1_000_000  # entries of a tree: ten times what anyone has, and what a VM may make us remember
 _FACTS = ("name", "kind", "size", "mode", "mtime", "id", "target")  # of an entry, as PROTOCOL.md has them
-_LONGEST = (
-    16_384  # characters of them: a name, and a target of PATH_MAX bytes, each of which may be written in four
-)
+_LONGEST = 4096  # characters of one of them: a link's target, PATH_MAX
 _MODE = 0o777  # of a file that a VM sends: with its set-uid bit others would run a VM's program as our user
 
 
@@ -284,8 +282,9 @@ def _facts(remote: Remote, data: bytes) -> Iterator[Mapping[str, Any]]:
             raise remote.nonsense("a directory's list is no JSON")
         # What is not known here isn't kept, and nothing that is too long: a VM makes all of it.
         facts = {key: row.get(key) for key in _FACTS}
-        if len(str(facts)) > _LONGEST:
-            raise remote.nonsense("a file's facts have no end")
+        for fact in facts.values():
+            if not (fact is None or type(fact) is int or (type(fact) is str and len(fact) <= _LONGEST)):
+                raise remote.nonsense("a file's facts have no end")
         yield facts
 
 

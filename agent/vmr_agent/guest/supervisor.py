@@ -410,9 +410,8 @@ class Supervisor:
         if found is None or live is None or live.closed() is not None:
             raise Problem(f"cannot kill {show(name)}: it isn't running")
         note = f"kill {request}"
-        if (
-            number == signal.SIGKILL
-        ):  # twice is harmless, and a daemon that dies in between must not make it never
+        if number == signal.SIGKILL:
+            # Twice is harmless, and a daemon that dies in between must not make it never.
             killed = Killed(live.info.attempt, self._signal(live, number))
             self._remember(live, note)
             return killed

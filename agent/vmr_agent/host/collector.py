@@ -247,8 +247,9 @@ class Guest:
 
     def _closed(self, reason: str) -> None:
         self._strange_since = self._heard = None
-        self._events.clear()  # what it holds it says again
-        self._events.extend(self._session.disconnect(reason))
+        # What it holds it says again; but that a session was over before is not to be forgotten.
+        over = [event for event in self._events if isinstance(event, Ended)]
+        self._events = deque([*over, *self._session.disconnect(reason)])
         self._take_events()
 
     def _received(self, data: bytes) -> None:
@@ -273,8 +274,7 @@ class Guest:
                     self.chardev.pause()
                 asyncio.get_running_loop().call_soon(self._go_on)
                 break
-            if not self._take_safely(self._events.popleft()):
-                self._events.clear()
+            self._take_safely(self._events.popleft())
         self._write()
 
     def _go_on(self) -> None:
@@ -283,27 +283,23 @@ class Guest:
         if not self._resting:
             self.chardev.resume()
 
-    def _take_safely(self, event: Any) -> bool:
-        """Act on one thing heard; False when nothing else of this connection counts."""
+    def _take_safely(self, event: Any) -> None:
+        """Act on one thing heard. Whatever ends the connection, as most failures do, forgets the rest of it."""
         try:
             self._take(event)
         except Diverged as diverged:
             self._diverged(str(diverged))
         except OverQuota:
-            return self._withhold(event)
+            self._withhold(event)
         except BadGuest as error:
             # Nothing it sends in this connection is believed any more; what it holds, it sends again.
             self.say(f"sends what can't be: {error}; beginning anew")
             self.chardev.drop("a bad guest")
-            return False
         except OSError as failed:
             self.store_failed(failed)
-            return False
         except Exception:  # a mistake of ours, which must not become every VM's
             self.say(f"cannot take what it says:\n{traceback.format_exc()[-1500:]}")
             self.chardev.drop("what it said could not be taken")
-            return False
-        return True
 
     def store_failed(self, failed: OSError) -> None:
         """What couldn't be stored isn't acknowledged, and comes again in the next session, a second from now."""
@@ -315,8 +311,8 @@ class Guest:
 
     # --- its quota: what is refused is not acknowledged, so a guest that keeps to the rules has it still
 
-    def _withhold(self, event: Any) -> bool:
-        """There is no room for this. False: not even for what there is to say of its runs, so the session ends."""
+    def _withhold(self, event: Any) -> None:
+        """There is no room for this; where not even for what there is to say of its runs, the session ends."""
         quota = self.store.quota
         if not self.over_quota:
             self.over_quota = True
@@ -328,9 +324,8 @@ class Guest:
             )
         if isinstance(event, (messages.Output, messages.Gap)):
             self._withheld.add(event.run)
-            return True
-        self.chardev.drop("over its quota")
-        return False
+        else:
+            self.chardev.drop("over its quota")
 
     def start(self) -> None:
         """Connect, as soon as it is known what the VM takes: each start would let it take as much again.
