@@ -416,6 +416,10 @@ class SimRunner(runner.Runner):
         self._orders = None
         return 0
 
+    def _order(self, run: Any) -> None:
+        super()._order(run)
+        SimRunner.vm.deschedule()
+
 
 class ForkServer:
     """The daemon's end of it. Its orders wait in a queue, and are taken one after the other."""
@@ -639,7 +643,7 @@ class Vm:
 
     def _turn(self, at: int) -> None:
         """One turn of Daemon.run()'s loop."""
-        running = self.daemon
+        running, process = self.daemon, self.process
         if running is None or self._next_turn != at:
             return
         self._next_turn = 0
@@ -650,12 +654,30 @@ class Vm:
             running.turn()
             timeout = running.timeout()
         except Killed:
-            self._daemon_died()
+            if self.process is process:  # else everybody knows: it was descheduled when it died
+                self._daemon_died()
             return
         self.world.check_daemon(running)
         if self.kicks.queue:
             timeout = 0.0
         self.wake(max(timeout, 0.0002))
+
+    def deschedule(self) -> None:
+        """Now and then a busy machine lets all others go on here, before the daemon does: a run's whole life long."""
+        world, process = self.world, self.process
+        if process is None or not world.plan.busy or world.dice.random() >= world.plan.busy:
+            return
+        end = world.clock.now + int(world.dice.choice((0.02, 0.08)) * SECOND)
+        turn, self._next_turn = self._next_turn, 1  # no turn within this one
+        world.clock.after((end - world.clock.now) / SECOND, lambda: None)
+        while world.clock.now < end:
+            world.clock.step()
+        if process.dead:
+            raise Killed
+        self._next_turn = 0
+        if turn:
+            self.wake()
+        self._activate()
 
     def _daemon_died(self) -> None:
         if self.process is not None:

@@ -288,6 +288,9 @@ MUTANTS: dict[str, Mutant] = {
     "an Ack goes to whoever did not ask": Mutant(
         collector, "Guest.acknowledge", "if ack.run in self._announced:", "if False:"
     ),
+    "a run that ended before its daemon looked has not ended": Mutant(
+        roster, "Roster.made", "entry.unfinished[run.info.run] = run", "pass", needs=lambda plan: plan.busy
+    ),
     # the logs
     "the logs are not cut back": Mutant(
         vmlogs, "VmLogs._take_note", "if os.fstat(fd).st_size > size:", "if False:"

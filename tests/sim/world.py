@@ -95,6 +95,8 @@ class Plan:
     """Bytes that the VM may take on the host; 0: no bound."""
     slow: float
     """How probable it is that a script sleeps after a write."""
+    busy: float = 0.0
+    """How probable it is that a run's whole life passes before the daemon that began it goes on."""
     punch_unit: int = 256
     latency: float = 0.0005
     constants: dict[str, int] = field(default_factory=dict)
@@ -131,6 +133,7 @@ def make_plan(dice: random.Random) -> Plan:
         quota=dice.choice((0, 0, 0, 60_000, 120_000)),
         slow=dice.choice((0.1, 0.1, 0.3)),
         latency=dice.choice((0.0002, 0.001, 0.02)),
+        busy=dice.choice((0.0, 0.0, 0.3)),
         constants={
             "chunk": dice.choice((200, 1000, CHUNK)),
             "window": dice.choice((2500, 20_000, shipper.WINDOW)),
@@ -459,10 +462,12 @@ class World:
     def _verb(self, act: Callable[[], Any]) -> None:
         """A verb of somebody in the guest, as Daemon._answer() takes it."""
         self.vm._activate()
+        process = self.vm.process
         try:
             act()
         except Killed:
-            self.vm._daemon_died()
+            if self.vm.process is process:
+                self.vm._daemon_died()
         except (OSError, Problem) as error:
             self.say(f"no: {error}")
         self.vm.wake()

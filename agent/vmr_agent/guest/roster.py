@@ -87,7 +87,15 @@ class Roster:
         self._refresh(name)
 
     def began(self, run: Run) -> None:
+        """One that was found."""
         self._entry(run.info.vmr).began(run)
+        self._refresh(run.info.vmr)
+
+    def made(self, run: Run) -> None:
+        """One just begun. It may have ended before its maker could look, and is unfinished until it is said to be."""
+        entry = self._entry(run.info.vmr)
+        entry.began(run)
+        entry.unfinished[run.info.run] = run
         self._refresh(run.info.vmr)
 
     def exited(self, run: Run) -> None:

@@ -507,7 +507,7 @@ class Supervisor:
             self._log(f"cannot keep the files of {show(run.info.vmr)}: {error.strerror}; it starts without")
 
     def _began(self, run: Run) -> None:
-        self.roster.began(run)
+        self.roster.made(run)
         self._rows.add(run.info.vmr)
         self.watcher.done(run.info.vmr)
         self._follow(run)
