@@ -39,7 +39,7 @@ def test_over_its_quota_a_vm_keeps_its_output_until_there_is_a_larger_one(world:
     assert disk(world)["quota"] == 2 * MIB
     assert b"over its quota of 2.0 MiB" in world.host("mix").stdout
     said = (world.path / "collector.log").read_text()
-    assert said.count("over its quota of 2.0 MiB") == 1 and "--quota" in said
+    assert "over its quota of 2.0 MiB" in said and "--quota" in said
     assert world.row("-1/a")["delivered"] not in ("yes", "almost")
     world.stop(world.collector)
     world.start_collector("--quota", "0")

@@ -158,6 +158,19 @@ class World:
             return {}
         return next((row for row in rows if row["vmr"] == vmr), {})
 
+    def shims(self) -> dict[int, str]:
+        """The shims there are: pid and VMR."""
+        found = {}
+        runs = self.spool / "runs"
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if (process / "comm").read_text() == "vmr-shim\n":
+                    run = (process / "cwd").readlink().relative_to(runs)
+                    found[int(process.name)] = str(run.parent)
+            except (OSError, ValueError):
+                continue
+        return found
+
     def kill9(self, process: Optional[subprocess.Popen[bytes]]) -> None:
         assert process is not None
         process.send_signal(signal.SIGKILL)

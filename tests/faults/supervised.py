@@ -143,19 +143,6 @@ class Supervised(World):
             return child(self.daemon.pid, b"forkserver")
         return next(iter(self.shims()), None)
 
-    def shims(self) -> dict[int, str]:
-        """The shims there are: pid and VMR."""
-        found = {}
-        runs = self.spool / "runs"
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if (process / "comm").read_text() == "vmr-shim\n":
-                    run = (process / "cwd").readlink().relative_to(runs)
-                    found[int(process.name)] = str(run.parent)
-            except (OSError, ValueError):
-                continue
-        return found
-
     def kill(self, victim: str, rng: random.Random) -> bool:
         """SIGKILL to one of what runs; False when there is none of it just now."""
         if victim == "shim":

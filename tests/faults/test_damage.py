@@ -73,12 +73,7 @@ def test_output_that_cannot_be_read_keeps_nobody_from_looking_after_the_others(w
     world.start_collector()
     daemon = world.start_daemon()
     until(lambda: "cannot use" in world.daemon_log(), "each line that is printed is one that can't be read")
-    shim = next(
-        int(process.name)
-        for process in Path("/proc").glob("[0-9]*")
-        if (process / "comm").read_text() == "vmr-shim\n"
-        and os.readlink(process / "cwd") == os.fspath(run_of(world, "-1/sleeps"))
-    )
+    shim = next(pid for pid, vmr in world.shims().items() if vmr == "-1/sleeps")
     os.kill(int(world.row("-1/sleeps")["pid"]), signal.SIGKILL)
     os.kill(shim, signal.SIGKILL)
     until(

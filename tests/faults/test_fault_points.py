@@ -616,6 +616,25 @@ class Teller:
         if wait:
             guest.hear(lambda: self._stands() == len(self.text), "all is acknowledged", limit=5.0)
 
+    def gaps(self) -> None:
+        """Twenty at once, told at such length that their records are written before the sync that waits for them."""
+        begin = len(self.text)
+        self.text += bytes(20)
+        deadline = time.monotonic() + 60.0
+        while self.acked < len(self.text):
+            assert time.monotonic() < deadline, f"gaps in run {self.number} are not acknowledged"
+            try:
+                self._tell_once(wait=False, upto=begin)
+                first = max(begin, self._stands())
+                self.guest.say(
+                    *[messages.Gap(self.id, 1, at, 1, "x" * 4_000) for at in range(first, begin + 20)]
+                )
+                self.guest.hear(
+                    lambda: self._stands() == len(self.text), "the gaps are acknowledged", limit=5.0
+                )
+            except (OSError, AssertionError):
+                self.guest.close()
+
     def gap(self, host: Optional[Host] = None) -> None:
         """Bytes that are no more, acknowledged. With a host it is killed when it has just written that down."""
         begin = len(self.text)
@@ -685,7 +704,9 @@ def test_a_collector_is_killed_where_it_seldom_is(tmp_path: Path) -> None:
         while plan.missing():
             assert time.monotonic() < deadline, f"steps that nobody reached: {plan.missing()}"
             teller = life()
-            teller.tell(5_000 if plan.missing("finish_sync replace_file", "append") else 20)
+            teller.tell(5_000 if plan.missing("finish_sync replace_file") else 20)
+            if plan.missing("append"):
+                teller.gaps()
             for _ in range(8 if plan.missing("gap", "_stands") else 0):
                 teller.gap(host if plan.missing("_stands") else None)
             if plan.missing("recover"):
