@@ -33,8 +33,10 @@ LIBRARIES = [
     *("tests/host/test_logstore.py", "tests/host/test_firewheel_log.py"),
     *("tests/e2e/test_main_job.py", "tests/e2e/test_verbs.py"),
 ]
-# Most of these tests wait for processes most of the time, so there are more of them than cores. VMs compute.
+# Most of these tests wait for processes most of the time, so there are more of them than cores. VMs compute; and tests
+# of one file may share one.
 PARALLEL = ["-n", "4", "--dist", "worksteal"]
+TWO_VMS = ["-n", "2", "--dist", "loadfile", "--timeout=600"]
 ONCE_MORE = 3
 """So many failed tests at the most are given a second try: more are no accident."""
 
@@ -132,7 +134,7 @@ def main() -> None:
     choose = [] if args.long else ["-m", "not long"]
     common = ["-q", "--timeout=300", *choose]
     failed = [run_lane("newest", NEWEST, [*common, "--ignore=tests/vm", "tests"], beside=PARALLEL)]
-    failed.append(run_lane("newest", NEWEST, [*common, "tests/vm"], title="in a VM"))
+    failed.append(run_lane("newest", NEWEST, [*common, "tests/vm"], beside=TWO_VMS, title="in a VM"))
     old = python39()
     if not old:
         print(

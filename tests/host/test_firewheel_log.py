@@ -198,10 +198,11 @@ def test_the_fast_path_and_the_other_agree(lines: list[str]) -> None:
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=12,
 )
 
 
-@given(st.dictionaries(st.text(), _JSON))
+@given(st.dictionaries(st.text(), _JSON, max_size=5))
 def test_an_object_keeps_its_keys(value: dict[str, Any]) -> None:
     def finite(item: Any) -> Any:
         if isinstance(item, float) and not math.isfinite(item):

@@ -26,7 +26,7 @@ from tests.host.said import ERR, OTHER, OUT, RUN, SECOND, T
 from vmr_agent.errors import Problem
 from vmr_agent.host import life, logstore
 from vmr_agent.host.journal import JOURNAL, MARK, Kind, pack_record, records
-from vmr_agent.host.life import MAX_GAPS_LISTED, BadGuest, Diverged
+from vmr_agent.host.life import BadGuest, Diverged
 from vmr_agent.host.logstore import LogStore, Syncer
 from vmr_agent.runs import Ending, RunState
 from vmr_agent.wire import messages
@@ -223,23 +223,27 @@ def test_a_gap_is_in_the_row_before_its_hole_is_in_the_file(
     }
 
 
-def test_more_gaps_than_are_listed_are_counted_all_the_same(tmp_path: Path) -> None:
+def test_more_gaps_than_are_listed_are_counted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = 100
+    monkeypatch.setattr(life, "MAX_GAPS_LISTED", listed)
     with opened(tmp_path) as store:
         store.run(said.run())
-        for number in range(MAX_GAPS_LISTED + 5):
+        for number in range(listed + 5):
             store.gap(said.gap(10 * number, 9))
             store.output(said.output(b"x", 10 * number + 9))
         store.sync()
         store._sync_now(checkpoint=True)
     with opened(tmp_path) as store:
-        end = 10 * (MAX_GAPS_LISTED + 5)
+        end = 10 * (listed + 5)
         store.exit(said.exit(end))
         store.closed(said.closed(end))
         store.sync()
     row = result(tmp_path)
     assert (len(row["gaps"]), row["missing_bytes"], row["complete"]) == (
-        MAX_GAPS_LISTED,
-        9 * (MAX_GAPS_LISTED + 5),
+        listed,
+        9 * (listed + 5),
         False,
     )
 
