@@ -28,6 +28,8 @@ NOTE_EVERY = 1.0
 """Seconds between notes of how far the logs are, and between tries of what failed."""
 GIVE_UP = 60.0
 """Seconds the logs may stay unwritable once the collector has gone; the next renderer goes on from the note."""
+MANY = 50
+"""VMs in a turn. With so many a line costs less the more are rendered together, and the collector needs the core."""
 PIPE_FULL = 2_048
 """So much unread means that the pipe may have been full: the smallest holds a page."""
 
@@ -51,8 +53,11 @@ class Renderer:
         due = time.monotonic()
         give_up: Optional[float] = None
         while True:
+            began, many = time.monotonic(), len(turn) >= MANY
             turn = {vm for vm in sorted(turn) if self._step(self._logs[vm])}
             now = time.monotonic()
+            if many and not turn and give_up is None:
+                time.sleep(now - began)
             if now >= due and (self._changed or self._waiting):
                 due = now + NOTE_EVERY
                 self._note()

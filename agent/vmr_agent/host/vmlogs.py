@@ -253,10 +253,10 @@ class VmLogs:
             return False
         if self._open is None and not self._enter_life():
             return False
-        if self._render():
+        if self._render() and self._at < self._durable:
             return True
         if not self._superseded():
-            return False
+            return False  # of a mark that was written since, its writer will tell
         if self._render():  # written between the last look and the renaming
             return True
         self._end_life()
