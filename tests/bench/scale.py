@@ -40,6 +40,8 @@ def rows(bench: Bench) -> Iterator[Row]:
             yield Row("  a line → raw file, p99", found["p99"], "ms", goal="≤ 25" if strict else "")
             yield Row("  a line → Ack, p99", found["ack_p99"] * 1000, "ms")
             yield Row("  lines lost", found["lost"], "", goal="≤ 0")
+            if found["sessions"]:
+                yield Row("  sessions that ended, and began again", found["sessions"], "")
             if found["late_p99"] > 0.01:
                 bench.say(f"  the guests themselves were late by {found['late_p99'] * 1000:.0f} ms (p99)")
     for rate, costs in per_vm.items():
