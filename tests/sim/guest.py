@@ -418,7 +418,9 @@ class SimRunner(runner.Runner):
 
     def _order(self, run: Any) -> None:
         super()._order(run)
-        SimRunner.vm.deschedule()
+        world = SimRunner.vm.world
+        if world.plan.busy and world.dice.random() < world.plan.busy:  # a run's whole life long
+            SimRunner.vm.deschedule(world.dice.choice((0.02, 0.08)))
 
 
 class ForkServer:
@@ -502,6 +504,8 @@ class Vm:
         self._pid = 100
         self.powered = 0  # how often: a boot that was restored is another
         self._next_turn = 0
+        self.away = False
+        """The daemon is in the middle of something, and others go on."""
         self.settings = Settings(
             launch_dir=Path(LAUNCH),
             port="simulated",
@@ -595,7 +599,7 @@ class Vm:
         )
         Events.vm = SimRunner.vm = self
         _patch(self, process)
-        self.world.maybe_trap(process, "daemon", None)
+        self.world.maybe_trap(process, "daemon", self.deschedule if self.world.plan.busy else None)
         self._activate()
         self.kicks.queue.clear()
         spool._with_fds.clear()
@@ -606,7 +610,8 @@ class Vm:
                 made = daemon.Daemon(self.settings, log=self._log)
                 made.begin()
             except Killed:
-                self._daemon_died()
+                if self.process is process:
+                    self._daemon_died()
                 return
             except Problem as problem:
                 self.world.say(f"the daemon can't start: {problem}")
@@ -662,16 +667,16 @@ class Vm:
             timeout = 0.0
         self.wake(max(timeout, 0.0002))
 
-    def deschedule(self) -> None:
-        """Now and then a busy machine lets all others go on here, before the daemon does: a run's whole life long."""
-        world, process = self.world, self.process
-        if process is None or not world.plan.busy or world.dice.random() >= world.plan.busy:
-            return
-        end = world.clock.now + int(world.dice.choice((0.02, 0.08)) * SECOND)
-        turn, self._next_turn = self._next_turn, 1  # no turn within this one
-        world.clock.after((end - world.clock.now) / SECOND, lambda: None)
-        while world.clock.now < end:
-            world.clock.step()
+    def deschedule(self, seconds: float) -> None:
+        """A busy machine lets all others go on here, for so long, before the daemon does. Raises Killed if it dies."""
+        clock, process = self.world.clock, self.process
+        assert process is not None
+        end = clock.now + int(seconds * SECOND)
+        turn, self._next_turn, self.away = self._next_turn, 1, True  # no turn within this one
+        clock.after(seconds, lambda: None)
+        while clock.now < end:
+            clock.step()
+        self.away = False
         if process.dead:
             raise Killed
         self._next_turn = 0

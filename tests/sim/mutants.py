@@ -288,6 +288,15 @@ MUTANTS: dict[str, Mutant] = {
     "an Ack goes to whoever did not ask": Mutant(
         collector, "Guest.acknowledge", "if ack.run in self._announced:", "if False:"
     ),
+    "a run that began and ended between two looks had no process": Mutant(
+        shipper,
+        "Shipper._announcement",
+        "result = run.result()  # first: between two looks a run may begin and end, and would have no process\n"
+        "    started = run.started()",
+        "started = run.started()\n    result = run.result()",
+        5_000,
+        lambda plan: plan.busy,
+    ),
     "a run that ended before its daemon looked has not ended": Mutant(
         roster, "Roster.made", "entry.unfinished[run.info.run] = run", "pass", needs=lambda plan: plan.busy
     ),

@@ -307,7 +307,7 @@ class World:
             self.say(f"{kind} in mid-call: {what}")
             if what == "power cut":
                 machine = self.vm if kind in ("daemon", "shim") else self.host
-                if pause is None:
+                if kind in ("daemon", "collector"):
                     self._power_cut = machine
                 else:
                     self.clock.after(0, lambda: self._cut_power(machine))
@@ -461,6 +461,11 @@ class World:
 
     def _verb(self, act: Callable[[], Any]) -> None:
         """A verb of somebody in the guest, as Daemon._answer() takes it."""
+        if self.vm.away:
+            self.clock.after(0.01, lambda: self._verb(act))
+            return
+        if self.vm.process is None:
+            return
         self.vm._activate()
         process = self.vm.process
         try:

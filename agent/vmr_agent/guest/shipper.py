@@ -261,7 +261,8 @@ class Shipper:
         return None
 
     def _announcement(self, run: Run) -> Optional[messages.Run]:
-        started, result = run.started(), run.result()
+        result = run.result()  # first: between two looks a run may begin and end, and would have no process
+        started = run.started()
         if started is None and result is None:
             return None
         return messages.Run(
