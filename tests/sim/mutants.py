@@ -291,9 +291,8 @@ MUTANTS: dict[str, Mutant] = {
     "a run that began and ended between two looks had no process": Mutant(
         shipper,
         "Shipper._announcement",
-        "result = run.result()  # first: between two looks a run may begin and end, and would have no process\n"
-        "    started = run.started()",
-        "started = run.started()\n    result = run.result()",
+        "result, started = run.result(), run.started()",
+        "started, result = run.started(), run.result()",
         5_000,
         lambda plan: plan.busy,
     ),

@@ -261,8 +261,7 @@ class Shipper:
         return None
 
     def _announcement(self, run: Run) -> Optional[messages.Run]:
-        result = run.result()  # first: between two looks a run may begin and end, and would have no process
-        started = run.started()
+        result, started = run.result(), run.started()  # this way round: both may come in between
         if started is None and result is None:
             return None
         return messages.Run(
