@@ -27,6 +27,7 @@ from tests.faults.once import KILLED, STREAMS, WITNESS, assert_all_is_there_once
 from tests.faults.steps import Plan, find_sites, steps_of
 from tests.faults.supervised import Supervised, Supervisor
 from tests.host.scripted import Guest, Host, output, run
+from vmr_agent.host.renderer import MANY
 from vmr_agent.wire import messages
 
 pytestmark = pytest.mark.timeout(600)
@@ -619,41 +620,41 @@ class Teller:
     def gaps(self) -> None:
         """Twenty at once, told at such length that their records are written before the sync that waits for them."""
         begin = len(self.text)
-        self.text += bytes(20)
-        deadline = time.monotonic() + 60.0
-        while self.acked < len(self.text):
-            assert time.monotonic() < deadline, f"gaps in run {self.number} are not acknowledged"
-            try:
-                self._tell_once(wait=False, upto=begin)
-                first = max(begin, self._stands())
-                self.guest.say(
-                    *[messages.Gap(self.id, 1, at, 1, "x" * 4_000) for at in range(first, begin + 20)]
-                )
-                self.guest.hear(
-                    lambda: self._stands() == len(self.text), "the gaps are acknowledged", limit=5.0
-                )
-            except (OSError, AssertionError):
-                self.guest.close()
+
+        def say() -> None:
+            rest = range(max(begin, self._stands()), begin + 20)
+            self.guest.say(*[messages.Gap(self.id, 1, at, 1, "x" * 4_000) for at in rest])
+
+        self._lack(20, say)
 
     def gap(self, host: Optional[Host] = None) -> None:
         """Bytes that are no more, acknowledged. With a host it is killed when it has just written that down."""
+        gap = messages.Gap(self.id, 1, len(self.text), 10, "gone")
+
+        def say() -> None:
+            if host is None:
+                self.guest.say(gap)
+                return
+            journal = host.logs / "g" / ".journal"
+            time.sleep(0.5)  # all that was said before it has its mark
+            size, looked = journal.stat().st_size, time.monotonic() + 1.0
+            self.guest.say(gap)
+            while journal.stat().st_size == size and time.monotonic() < looked:
+                pass  # its own comes some milliseconds later
+            host.kill()
+
+        self._lack(10, say)
+
+    def _lack(self, count: int, say: Callable[[], None]) -> None:
+        """So many bytes that are no more, until they are acknowledged, whoever dies meanwhile."""
         begin = len(self.text)
-        self.text += bytes(10)
+        self.text += bytes(count)
         deadline = time.monotonic() + 60.0
         while self.acked < len(self.text):
             assert time.monotonic() < deadline, f"a gap in run {self.number} is not acknowledged"
             try:
                 self._tell_once(wait=False, upto=begin)
-                if host is None:
-                    self.guest.say(messages.Gap(self.id, 1, begin, 10, "gone"))
-                else:
-                    journal = host.logs / "g" / ".journal"
-                    time.sleep(0.5)  # all that was said before it has its mark
-                    size, looked = journal.stat().st_size, time.monotonic() + 1.0
-                    self.guest.say(messages.Gap(self.id, 1, begin, 10, "gone"))
-                    while journal.stat().st_size == size and time.monotonic() < looked:
-                        pass  # its own comes some milliseconds later
-                    host.kill()
+                say()
                 self.guest.hear(
                     lambda: self._stands() == len(self.text), "the gap is acknowledged", limit=5.0
                 )
@@ -733,7 +734,7 @@ def test_a_collector_is_killed_where_it_seldom_is(tmp_path: Path) -> None:
 
 def test_a_renderer_of_many_vms_is_killed_where_it_joins_their_syncs(tmp_path: Path) -> None:
     plan = Plan(tmp_path / "steps")
-    vms = tuple(f"g{number}" for number in range(20))
+    vms = tuple(f"g{number}" for number in range(MANY + 10))
     for step in steps_of(MANY_VMS):
         plan.add(step, "renderer")
     # And between two VMs of one turn.

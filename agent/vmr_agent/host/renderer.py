@@ -30,6 +30,8 @@ GIVE_UP = 60.0
 """Seconds the logs may stay unwritable once the collector has gone; the next renderer goes on from the note."""
 MANY = 50
 """VMs in a turn. With so many a line costs less the more are rendered together, and the collector needs the core."""
+MOST_REST = 0.25
+"""Seconds between such turns, at most; else as long as the turn took."""
 PIPE_FULL = 2_048
 """So much unread means that the pipe may have been full: the smallest holds a page."""
 
@@ -57,7 +59,7 @@ class Renderer:
             turn = {vm for vm in sorted(turn) if self._step(self._logs[vm])}
             now = time.monotonic()
             if many and not turn and give_up is None:
-                time.sleep(now - began)
+                time.sleep(min(now - began, MOST_REST))
             if now >= due and (self._changed or self._waiting):
                 due = now + NOTE_EVERY
                 self._note()
