@@ -427,6 +427,26 @@ def test_the_first_life_is_no_new_one(tmp_path: Path) -> None:
         assert store.life(said.hello(), T) is False
 
 
+def test_that_a_vm_had_nothing_here_is_true_once(tmp_path: Path) -> None:
+    with opened(tmp_path, greet=False) as store:
+        store.begins_anew({"another"})
+        assert store.life(said.hello(), T) is False
+        assert store.life(said.hello(spool=b"2" * 16), T) is True
+    with opened(tmp_path, greet=False) as store:
+        store.begins_anew({"another", "vm1"})
+        assert store.life(said.hello(spool=b"3" * 16), T) is True
+    assert sorted(path.name for path in tmp_path.glob("vm1*")) == ["vm1", "vm1~1", "vm1~2"]
+
+
+def test_what_came_there_since_is_put_aside(tmp_path: Path) -> None:
+    with opened(tmp_path, greet=False) as store:
+        store.begins_anew(set())
+        (tmp_path / "vm1").mkdir()
+        (tmp_path / "vm1" / "notes").write_text("mine")
+        store.life(said.hello(), T)
+    assert (tmp_path / "vm1~1" / "notes").read_text() == "mine"
+
+
 def test_a_life_never_takes_a_number_again(tmp_path: Path) -> None:
     """Somebody may remove what is old, and the renderer's note must not take a new life for one it has shown."""
     with opened(tmp_path) as store:

@@ -29,7 +29,7 @@ from vmr_agent import control, sizes
 from vmr_agent.errors import Problem, show
 from vmr_agent.host import view
 from vmr_agent.host.chardev import Chardev
-from vmr_agent.host.journal import read_in
+from vmr_agent.host.journal import life_of, read_in
 from vmr_agent.host.life import BadGuest, Diverged, OverQuota
 from vmr_agent.host.logstore import LogStore, Syncer
 from vmr_agent.host.quota import Measured
@@ -544,6 +544,9 @@ class Collector:
         try:
             for source in self._sources:
                 self.guests[source.vm] = Guest(source, self._store(source.vm), self)
+            listed = {life_of(name)[0] for name in os.listdir(self._log_dir)} if self._sources else set()
+            for guest in self.guests.values():
+                guest.store.begins_anew(listed)
             self._listen()
             self._start_renderer()
             for guest in self.guests.values():

@@ -25,9 +25,11 @@ _GAP = 256  # bytes that a gap takes in memory, without its reason
 class HeldStream:
     """One stream of one run."""
 
-    __slots__ = ("durable", "gap_end", "held", "more", "unfinished")
+    __slots__ = ("durable", "gap_end", "held", "more", "name", "unfinished")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        """Of its file, in the life's directory."""
         self.held = 0
         self.durable = 0
         self.gap_end = 0
@@ -44,7 +46,6 @@ class HeldRun:
         self.started_ns = started_ns
         self.state = RunState.STARTED
         self.durable = RunState.NONE
-        self.streams = {stream: HeldStream() for stream in Stream}
         self.exit: Optional[messages.Exit] = None
         self.ended_ns = 0
         self.closed: Optional[messages.Closed] = None
@@ -55,6 +56,7 @@ class HeldRun:
         """Bytes that it keeps in memory, about."""
         self.label = (message.vmr, message.attempt)
         self.path = run_path(message.vmr, message.attempt)
+        self.streams = {stream: HeldStream(f"{self.path}/{stream.filename}") for stream in Stream}
 
     def take_exit(self, message: messages.Exit) -> int:
         """Returns by how much :attr:`size` grew."""

@@ -113,8 +113,9 @@ def life_of(name: str) -> tuple[str, int]:
 
 
 def lives(log_dir: int, segment: str) -> dict[str, int]:
-    """The directories of a VM's lives, by the number in their names; the current one has 0."""
-    found = {name: life_of(name) for name in os.listdir(log_dir)}
+    """The directories of a VM's lives, by the number in their names; the current one has 0. Reads the whole log
+    directory, which is long where there are many VMs."""
+    found = {name: life_of(name) for name in os.listdir(log_dir) if name.startswith(segment)}
     return {name: number for name, (each, number) in found.items() if each == segment}
 
 

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from typing import Any, Callable, NamedTuple, Optional
 
 from vmr_agent.errors import show
-from vmr_agent.host.held import STATES, HeldRun, from_hex, pack, to_hex
+from vmr_agent.host.held import STATES, HeldRun, HeldStream, from_hex, pack, to_hex
 from vmr_agent.host.journal import (
     FLUSH,
     FRAME,
@@ -250,8 +250,8 @@ class Life:
             self._held -= run.size
         assert run.exit is not None
         self._finished[run.message.run] = (run.label, _when(run.message.started, run.exit.ended))
-        for stream in Stream:
-            self._close_raw(f"{run.path}/{stream.filename}")
+        for held in run.streams.values():
+            self._close_raw(held.name)
 
     # --- the checkpoint: what is held at some mark, so that a start needn't read a day's journal. It is
     # written without a sync: where it can't be read whole the journal is read from its beginning.
@@ -403,7 +403,7 @@ class Life:
         else:
             return True
         try:
-            fd = self._raw(self._runs[run_id], Stream(stream), os.O_RDWR)
+            fd = self._raw(self._runs[run_id].streams[Stream(stream)], os.O_RDWR)
         except (OSError, KeyError):
             return False
         if kind == Kind.GAP:
@@ -466,18 +466,18 @@ class Life:
         """Make the run's files say what the journal says."""
         self._make_directory(run.path)
         for stream, held in run.streams.items():
-            fd = self._raw(run, stream)
+            fd = self._raw(held)
             size = os.fstat(fd).st_size
             if size > held.held:
                 os.ftruncate(fd, held.held)
             elif size < held.held:
-                self._log(f"{run.path}/{stream.filename} has lost {held.held - size} bytes since")
+                self._log(f"{held.name} has lost {held.held - size} bytes since")
             if held.unfinished and os.pread(fd, 1, held.held - 1) == b"\n":
                 held.unfinished = False
-            self._note_unfinished(run, stream)
+            self._note_unfinished(run, stream, held)
             # Cut now, or by one who was killed before its sync: the disk may still have the old size without the bytes,
             # and in a life that is over nobody would cut it.
-            self.files.add(f"{run.path}/{stream.filename}")
+            self.files.add(held.name)
         self._write_result(run)
 
     # --- what the guest says
@@ -514,11 +514,11 @@ class Life:
         self._quota.add(RUN)
         run = HeldRun(message, message.started + self._skew)
         self._make_directory(run.path)
-        for stream in Stream:
+        for held in run.streams.values():
             # Of another future, whose record the journal lost. That this is cut must last, too.
-            if os.fstat(self._raw(run, stream)).st_size:
-                os.ftruncate(self._raw(run, stream), 0)
-                self.files.add(f"{run.path}/{stream.filename}")
+            if os.fstat(self._raw(held)).st_size:
+                os.ftruncate(self._raw(held), 0)
+                self.files.add(held.name)
         self.append(Kind.RUN, pack(message))
         self._write_waiting()  # before a row says so
         self._add(run)
@@ -534,16 +534,16 @@ class Life:
         data, marks, offset = memoryview(message.data), message.marks, message.offset
         end = offset + len(data)
         if offset > held.held:
-            raise BadGuest(f"a hole in {run.path}/{stream.filename}: byte {offset} where {held.held} was due")
+            raise BadGuest(f"a hole in {held.name}: byte {offset} where {held.held} was due")
         if sum(length for length, _ in marks) != len(data):
             raise BadGuest("marks that do not add up to the data")
         if held.held > offset:  # sent again; only what is new counts
             known = min(held.held, end) - offset
-            self._compare(run, stream, offset, data[:known])
+            self._compare(held, offset, data[:known])
             data, marks, offset = data[known:], _behind(marks, known), offset + known
         held.more = message.more
         if not data:
-            self._note_unfinished(run, stream)
+            self._note_unfinished(run, stream, held)
             # It may have become durable after this session's first Ack of the run, before the guest had sent it:
             # unless it is acknowledged again now it stays in flight there, and in the end fills the window.
             self._touched[message.run] = run
@@ -551,7 +551,7 @@ class Life:
         self._allow(run, end)
         if self._quota.over:
             raise OverQuota
-        write_all(self._raw(run, stream), data, offset)
+        write_all(self._raw(held), data, offset)
         begin = at = 0
         begun = marks[0][1]
         for length, wall in marks:
@@ -575,21 +575,21 @@ class Life:
         if run is None:
             return
         stream = _stream(message.stream)
-        held, end = run.streams[stream].held, message.offset + message.length
-        if message.offset > held:
-            raise BadGuest(f"a hole in {run.path}/{stream.filename}: a gap at {message.offset}, not {held}")
-        if end <= held:
+        held, end = run.streams[stream], message.offset + message.length
+        if message.offset > held.held:
+            raise BadGuest(f"a hole in {held.name}: a gap at {message.offset}, not {held.held}")
+        if end <= held.held:
             self._touched[message.run] = run  # as for output
             return
         self._allow(run, end)
         if self._quota.over:
             raise OverQuota
         self._quota.add(BLOCK)  # of what comes behind it
-        message = message._replace(offset=held, length=end - held)
+        message = message._replace(offset=held.held, length=end - held.held)
         # First, or who reads along takes the hole for output; should it stay alone, recovery writes it anew.
         self._write_result(run, run.gap_row(message, self._skew))
         try:
-            os.ftruncate(self._raw(run, stream), end)
+            os.ftruncate(self._raw(held), end)
         except OSError as error:
             if error.errno == errno.EFBIG:
                 raise BadGuest(f"a gap up to byte {end}, more than a file can have") from None
@@ -672,15 +672,17 @@ class Life:
         self._touched[run.message.run] = run
 
     def _apply_output(self, run: HeldRun, stream: Stream, end: int, *, unfinished: bool) -> None:
-        run.streams[stream].held = end
-        run.streams[stream].unfinished = unfinished
-        self._note_unfinished(run, stream)
-        self.files.add(f"{run.path}/{stream.filename}")
+        held = run.streams[stream]
+        held.held = end
+        held.unfinished = unfinished
+        self._note_unfinished(run, stream, held)
+        self.files.add(held.name)
         self._touched[run.message.run] = run
 
     def _apply_flush(self, run: HeldRun, stream: Stream) -> None:
-        run.streams[stream].unfinished = False
-        self._note_unfinished(run, stream)
+        held = run.streams[stream]
+        held.unfinished = False
+        self._note_unfinished(run, stream, held)
 
     def _apply_gap(self, run: HeldRun, message: messages.Gap) -> None:
         stream = Stream(message.stream)
@@ -707,8 +709,7 @@ class Life:
         for stream in Stream:
             self._apply_flush(run, stream)
 
-    def _note_unfinished(self, run: HeldRun, stream: Stream) -> None:
-        held = run.streams[stream]
+    def _note_unfinished(self, run: HeldRun, stream: Stream, held: HeldStream) -> None:
         if held.unfinished and not held.more:
             self.unfinished.add((run.message.run, int(stream)))
         else:
@@ -719,8 +720,8 @@ class Life:
     def _ack(self, run: HeldRun) -> messages.Ack:
         out, err = (run.streams[stream] for stream in Stream)
         tails = tuple(
-            self._tail(f"{run.path}/{stream.filename}", held.durable, min(held.gap_end, held.durable))
-            for stream, held in run.streams.items()
+            self._tail(held.name, held.durable, min(held.gap_end, held.durable))
+            for held in run.streams.values()
         )
         return messages.Ack(run.message.run, int(run.durable), out.durable, err.durable, tails)
 
@@ -754,14 +755,14 @@ class Life:
 
     # --- files
 
-    def _compare(self, run: HeldRun, stream: Stream, offset: int, data: memoryview) -> None:
-        begin = min(max(offset, run.streams[stream].gap_end), offset + len(data))
-        held = os.pread(self._raw(run, stream), offset + len(data) - begin, begin)
-        if held != data[begin - offset : begin - offset + len(held)]:
-            raise Diverged(f"{run.path}/{stream.filename} had other bytes before from {begin} on")
+    def _compare(self, held: HeldStream, offset: int, data: memoryview) -> None:
+        begin = min(max(offset, held.gap_end), offset + len(data))
+        there = os.pread(self._raw(held), offset + len(data) - begin, begin)
+        if there != data[begin - offset : begin - offset + len(there)]:
+            raise Diverged(f"{held.name} had other bytes before from {begin} on")
 
-    def _raw(self, run: HeldRun, stream: Stream, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-        name = f"{run.path}/{stream.filename}"
+    def _raw(self, held: HeldStream, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+        name = held.name
         fd = self._open.get(name)
         if fd is not None:
             self._open.move_to_end(name)

@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -44,6 +44,28 @@ _SYNCFS_SLOW = 1.0
 """Seconds after which ``syncfs`` is given up: it also writes what others left, such as images of disks."""
 
 
+class _Writing:
+    """``with`` it something is written: not when a write has failed before, and what goes wrong is remembered. A class,
+    for it is gone through with each line, and a generator takes four times as long."""
+
+    def __init__(self, store: LogStore) -> None:
+        self._store = store
+        self.failed: Optional[OSError] = None
+        self.set_back: Optional[bytes] = None
+        """The spool that contradicted what is held; also after its VM's reboot, until it begins a new life. This is
+        known to this collector only."""
+
+    def __enter__(self) -> None:
+        if self.failed is not None:
+            raise OSError(self.failed.errno, self.failed.strerror)
+
+    def __exit__(self, kind: object, error: Optional[BaseException], traceback: object) -> None:
+        if isinstance(error, OSError):
+            self.failed = error
+        elif isinstance(error, Diverged):
+            self.set_back = self._store.spool or self.set_back
+
+
 class LogStore:
     """One VM's. All but :meth:`Sync.sync` belongs to one thread.
 
@@ -59,12 +81,10 @@ class LogStore:
         self._log = log
         self._segment = vm_segment(vm)
         self.quota = Quota(log_dir, self._segment, limit)
-        self._failed: Optional[OSError] = None
-        self._set_back: Optional[bytes] = None
-        """The spool that contradicted what is held; also after its VM's reboot, until it begins a new life. This is
-        known to this collector only."""
+        self._writing = _Writing(self)
         self._life: Optional[Life] = None
         self._in_flight: Optional[Sync] = None
+        self._new = False
         self._known = 0
         """Up to here the journal is known to be durable, mark or not."""
         self._root = -1
@@ -83,6 +103,11 @@ class LogStore:
         except Problem:
             self._release()
             raise
+
+    def begins_anew(self, listed: Container[str]) -> None:
+        """``listed``: the segments of the VMs that have lives in the log directory now. With a thousand VMs it is long,
+        and each would read it."""
+        self._new = self._segment not in listed
 
     def _take_lock(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | NO_LINK
@@ -116,7 +141,7 @@ class LogStore:
         if self._root < 0:
             return
         try:
-            if self._life is not None and self._failed is None:
+            if self._life is not None and self._writing.failed is None:
                 self._sync_now(checkpoint=True)
         except OSError as error:
             self._log(f"{self.vm}: cannot sync: {_reason(error)}")
@@ -132,17 +157,17 @@ class LogStore:
         """A session was opened. True when it begins a new life of a VM that had one before."""
         if hello.spool is None:
             raise BadGuest("its Hello names no spool")
-        if self._failed is not None:
+        if self._writing.failed is not None:
             if self._life is not None:
                 self._life.close()
             self._life = self._in_flight = None
             self._life = self._find_life(trust=False)
-            self._failed = None
+            self._writing.failed = None
         if self.quota.exhausted:
             raise OverQuota
-        with self._writing():
+        with self._writing:
             self._judge(hello)
-            self._set_back = None
+            self._writing.set_back = None
             known = False
             if self._life is None or self._life.spool != hello.spool:
                 known = self._begin_life(hello.spool, host_wall_ns)
@@ -152,7 +177,7 @@ class LogStore:
             return known
 
     def _judge(self, hello: messages.Hello) -> None:
-        if hello.spool == self._set_back:
+        if hello.spool == self._writing.set_back:
             raise Diverged("it has not begun a new life since")
         last = self.last_hello
         if last is None or (last.spool, last.boot) != (hello.spool, hello.boot):
@@ -187,7 +212,7 @@ class LogStore:
             self._life.close()
             self._life = None
         self._known = 0
-        found = lives(self._root, self._segment)
+        found = {} if self._is_new() else lives(self._root, self._segment)
         number = max([rendered(self._root, self._segment)[0], *found.values()])
         if self._segment in found:
             aside = self._aside(found)
@@ -202,6 +227,15 @@ class LogStore:
         self._life.create(wall_ns)
         os.rename(coming, self._segment, src_dir_fd=self._root, dst_dir_fd=self._root)
         return number > 0
+
+    def _is_new(self) -> bool:
+        """Whether there is nothing of this VM, as :meth:`begins_anew` was told and nobody has changed since."""
+        new, self._new = self._new, False
+        try:
+            os.stat(self._segment, dir_fd=self._root, follow_symlinks=False)
+        except FileNotFoundError:
+            return new
+        return False
 
     def _aside(self, found: dict[str, int]) -> tuple[str, int]:
         """The name the current directory gets: its own life's number, or the next that is free."""
@@ -233,7 +267,7 @@ class LogStore:
         try:
             life.finish_sync(sync)
         except OSError as error:  # no room for a mark
-            self._failed = error
+            self._writing.failed = error
 
     @property
     def _current(self) -> Life:
@@ -241,59 +275,46 @@ class LogStore:
             raise BadGuest("a message before its Hello")
         return self._life
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        if self._failed is not None:
-            raise OSError(self._failed.errno, self._failed.strerror)
-        try:
-            yield
-        except OSError as error:
-            self._failed = error
-            raise
-        except Diverged:
-            self._set_back = self.spool or self._set_back
-            raise
-
     # --- what the guest says. Once it diverged nothing is believed before its new life: what it still sends
     # is of another past.
 
     def run(self, message: messages.Run) -> messages.Ack:
         """What is durably held of this run."""
-        if self._set_back is not None:
+        if self._writing.set_back is not None:
             raise Diverged("it was set back in time")
-        with self._writing():
+        with self._writing:
             return self._current.run(message)
 
     def output(self, message: messages.Output) -> None:
-        if self._set_back is None:
-            with self._writing():
+        if self._writing.set_back is None:
+            with self._writing:
                 self._current.output(message)
 
     def gap(self, message: messages.Gap) -> None:
-        if self._set_back is None:
-            with self._writing():
+        if self._writing.set_back is None:
+            with self._writing:
                 self._current.gap(message)
 
     def exit(self, message: messages.Exit) -> None:
-        if self._set_back is None:
-            with self._writing():
+        if self._writing.set_back is None:
+            with self._writing:
                 self._current.exit(message)
 
     def closed(self, message: messages.Closed) -> Optional[messages.Ack]:
         """The Ack, where all of the run is durable already."""
-        if self._set_back is not None:
+        if self._writing.set_back is not None:
             return None
-        with self._writing():
+        with self._writing:
             return self._current.end(message)
 
     def flush_line(self, run: bytes, stream: int) -> None:
         """Show the part of a line held back now. Journaled, so that rendering depends on nothing else."""
-        with self._writing():
+        with self._writing:
             self._current.flush_line(run, Stream(stream))
 
     def unfinished_lines(self, run: bytes) -> list[int]:
         """A run's streams whose last byte was no newline, not shown yet, and of which the guest held no more."""
-        unfinished = set() if self._life is None or self._failed else self._life.unfinished
+        unfinished = set() if self._life is None or self._writing.failed else self._life.unfinished
         return [int(stream) for stream in Stream if (run, int(stream)) in unfinished]
 
     @property
@@ -308,7 +329,7 @@ class LogStore:
     # --- durability
 
     def dirty(self) -> bool:
-        return self._life is not None and self._failed is None and self._life.dirty()
+        return self._life is not None and self._writing.failed is None and self._life.dirty()
 
     def unsynced_bytes(self) -> int:
         """Bytes of output since the last :meth:`begin_sync`."""
@@ -318,7 +339,7 @@ class LogStore:
         """In the loop. None when nothing is to be done, or a sync is still in flight."""
         if self._in_flight is not None or not self.dirty():
             return None
-        with self._writing():
+        with self._writing:
             self._in_flight = self._current.begin_sync(self._root)
         return self._in_flight
 
@@ -328,7 +349,7 @@ class LogStore:
         if sync is not self._in_flight:
             return []  # a new life began meanwhile
         self._in_flight = None
-        with self._writing():
+        with self._writing:
             if sync.error is not None:
                 # The kernel reports a failed write-back once, then calls the pages clean: a second sync
                 # would lie.
@@ -337,7 +358,7 @@ class LogStore:
 
     def sync(self) -> list[messages.Ack]:
         """All three in one go, for whoever has no loop to keep; also what a sync in flight was to do."""
-        if self._life is None or self._failed is not None:
+        if self._life is None or self._writing.failed is not None:
             return []
         return self._sync_now(checkpoint=False)
 
@@ -345,13 +366,13 @@ class LogStore:
         in_flight, self._in_flight = self._in_flight, None
         life = self._current
         if in_flight is not None:
-            with in_flight.busy, self._writing():
+            with in_flight.busy, self._writing:
                 if in_flight.error is not None:
                     raise in_flight.error  # as in finish_sync()
             life.take_back(in_flight)
         if not life.dirty():
             return []
-        with self._writing():
+        with self._writing:
             sync = life.begin_sync(self._root, checkpoint=checkpoint)
             self._in_flight = sync
             sync.sync()

@@ -25,13 +25,19 @@ from vmr_agent.host.journal import SYNCFS_FROM, find_syncfs
 from vmr_agent.host.vmlogs import RawFiles, VmLogs
 
 NOTE_EVERY = 1.0
-"""Seconds between notes of how far the logs are, and between tries of what failed."""
+"""Seconds between notes of how far the logs are, and between tries of what failed; where a note takes longer than
+NOTE_SHARE of it, as with a thousand VMs, so much longer, up to MOST_NOTE: what was not noted is rendered again."""
+NOTE_SHARE = 0.05
+MOST_NOTE = 10.0
 GIVE_UP = 60.0
 """Seconds the logs may stay unwritable once the collector has gone; the next renderer goes on from the note."""
-MANY = 50
-"""VMs in a turn. With so many a line costs less the more are rendered together, and the collector needs the core."""
+REST = 3.0
+"""Where more came while a turn was rendered, or many VMs had something, the pause before the next, by what that one
+took: the collector, on which the guests wait, needs the core, and much rendered together costs less."""
 MOST_REST = 0.25
-"""Seconds between such turns, at most; else as long as the turn took."""
+"""Seconds; the longest such pause."""
+MANY = 50
+"""VMs in a turn."""
 PIPE_FULL = 2_048
 """So much unread means that the pipe may have been full: the smallest holds a page."""
 
@@ -58,11 +64,12 @@ class Renderer:
             began, many = time.monotonic(), len(turn) >= MANY
             turn = {vm for vm in sorted(turn) if self._step(self._logs[vm])}
             now = time.monotonic()
-            if many and not turn and give_up is None:
-                time.sleep(min(now - began, MOST_REST))
+            if give_up is None and (many or select.select([wakes], [], [], 0)[0]):
+                time.sleep(min(REST * (now - began), MOST_REST))
             if now >= due and (self._changed or self._waiting):
-                due = now + NOTE_EVERY
                 self._note()
+                took = time.monotonic() - now
+                due = now + min(max(NOTE_EVERY, took / NOTE_SHARE), MOST_NOTE)
                 turn |= self._waiting
             if give_up is not None:
                 if not turn and (not self._waiting or now >= give_up):

@@ -334,7 +334,12 @@ class VmLogs:
         return True
 
     def _find_life(self) -> Optional[_OpenLife]:
-        best: Optional[_OpenLife] = None
+        best = self._open_life(self._segment)
+        if best is not None and best.number == max(self._life, 1):
+            return best  # there is none before it that is wanted
+        if best is not None:
+            best.close()
+            best = None
         for name in lives(self._root, self._segment):
             life = self._open_life(name)
             if life is None:

@@ -68,9 +68,10 @@ class Decoder:
         if expired and buffer:
             at, skipped = 1, 1
         while at < end:
-            start = _candidate(buffer, at)
-            skipped += start - at
-            at = start
+            if not buffer.startswith(_MAGIC, at + _MAGIC_AT) or buffer[at] != _EXT32:
+                start = _candidate(buffer, at)
+                skipped += start - at
+                at = start
             if end - at < HEADER.size:
                 break  # all of it may begin a frame
             _, length, _, crc = HEADER.unpack_from(buffer, at)

@@ -84,9 +84,11 @@ def _map(value: Any) -> bool:
 
 def _pairs(value: Any) -> bool:
     return (
-        type(value) is list
+        type(value) is tuple
         and len(value) <= MAX_MARKS
-        and all(type(pair) is list and len(pair) == 2 and _uint(pair[0]) and _uint(pair[1]) for pair in value)
+        and all(
+            type(pair) is tuple and len(pair) == 2 and _uint(pair[0]) and _uint(pair[1]) for pair in value
+        )
     )
 
 
@@ -330,7 +332,7 @@ def pack(message: Message, *, to: bytes = b"", n: int = -1) -> bytes:
         value = getattr(message, name)
         try:
             if kind in ("marks", "tails") and value is not None:
-                value = [list(pair) for pair in value]
+                value = tuple(map(tuple, value))
             elif kind == "map" and value is not None:
                 value = dict(value)
         except (TypeError, ValueError):
@@ -356,6 +358,7 @@ def unpack(payload: bytes) -> Envelope:
             raw=False,
             unicode_errors="surrogateescape",  # one bad str must not hide `to` and `n`
             strict_map_key=True,
+            use_list=False,  # arrays are as the messages have them
             max_str_len=MAX_BIN,
             max_bin_len=MAX_BIN,
             max_array_len=MAX_MARKS,
@@ -366,30 +369,25 @@ def unpack(payload: bytes) -> Envelope:
         raise Malformed("nested too deep") from None
     except Exception as error:  # msgpack raises ValueError, its own classes, TypeError, struct.error …
         raise Malformed(f"no MessagePack: {type(error).__name__}") from None
-    if type(row) is not dict or not _text(row.get("type")):
+    kind_of_message: Any = row.get("type") if type(row) is dict else None
+    cls = TYPES.get(kind_of_message) if type(kind_of_message) is str else None
+    if cls is None and not _text(kind_of_message):
         raise Malformed("no map with a type")
-    kind_of_message: str = row["type"]
     to: Any = b""
     n: Any = -1
     if kind_of_message != "hello":
         to, n = row.get("to"), row.get("n")
         if not _bin8(to) or not _uint(n):
             raise Malformed("no to or n")
-    cls = TYPES.get(kind_of_message)
     if cls is None:
         return Envelope(Unknown(kind_of_message[:64]), to, n)
-    values: dict[str, Any] = {}
+    values = []
     for name, kind, optional, check in FIELDS[cls]:
-        value: Any = row.get(name)
-        if value is None and optional:
-            values[name] = None
-            continue
-        if not check(value):
+        value = row.get(name)
+        if not check(value) and not (value is None and optional):
             raise MalformedMessage(f"{kind_of_message}: {name} is no {kind}", to, n)
-        if kind in ("marks", "tails"):
-            value = tuple((pair[0], pair[1]) for pair in value)
-        values[name] = value
-    return Envelope(cls(**values), to, n)
+        values.append(value)
+    return Envelope(cls(*values), to, n)
 
 
 class MalformedMessage(Malformed):
