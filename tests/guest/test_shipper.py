@@ -9,6 +9,7 @@ import random
 import struct
 import tempfile
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -122,6 +123,8 @@ class Link:
         self.held: dict[bytes, Held] = {}
         self.answered: set[bytes] = set()
         self.came: list[messages.Message] = []
+        self.made: deque[bytes] = deque()
+        """Not yet sent."""
         self.frames: list[int] = []
         self.released: list[Run] = []
         for run in spool.open_runs():
@@ -133,6 +136,7 @@ class Link:
         """A new channel, and a session on it. The host has only what it called durable."""
         if self.guest.disconnect("cut"):
             self.shipper.ended()
+        self.made.clear()
         self.host.disconnect("cut")
         self.answered.clear()
         for held in self.held.values():
@@ -162,9 +166,11 @@ class Link:
 
     def step(self) -> Optional[messages.Message]:
         """One frame from guest to host; None when there is none to send."""
-        frame = self.shipper.next(self.guest)
-        if frame is None:
+        if not self.made:
+            self.made.extend(self.shipper.next(self.guest))
+        if not self.made:
             return None
+        frame = self.made.popleft()
         self.frames.append(len(frame))
         assert len(frame) <= framing.MAX_FRAME
         (message,) = self.host.receive(frame, 0.0)
@@ -486,6 +492,8 @@ def test_control_goes_before_output(spool: Spool, make_link: Callable[..., Link]
         link.step()
         link.answer()
     link.shipper.send(messages.Vmr(vmr=b"-4/x", state="staged", attempt=0, reason=""))
+    while link.made:
+        assert isinstance(link.step(), messages.Output)
     assert isinstance(link.step(), messages.Vmr)
     assert isinstance(link.step(), messages.Output)
 

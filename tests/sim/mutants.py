@@ -188,9 +188,9 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "an end is told before its bytes": Mutant(
         shipper,
-        "Shipper._frame",
-        "if output is not None:\n        return output",
-        "if output is not None and result is None:\n        return output",
+        "Shipper._frames",
+        "if output:\n        return output",
+        "if output and result is None:\n        return output",
     ),
     "the guest does not see that it was set back": Mutant(
         shipper,

@@ -184,11 +184,10 @@ class Link:
         return taken == len(data)
 
     def _fetch(self) -> bool:
-        """Have the shipper's next frame in the outbox, if it has one."""
-        frame = self._shipper.next(self._session) if self._session.open else None
-        if frame is not None:
-            self._outbox.append(frame)
-        return frame is not None
+        """Have the shipper's next frames in the outbox, if it has any."""
+        if self._session.open:
+            self._outbox.extend(self._shipper.next(self._session))
+        return bool(self._outbox)
 
     def _strange(self) -> str:
         """What is wrong with whoever is at the port's other end, if it doesn't speak as we do."""

@@ -1,7 +1,8 @@
 """What lives here: spooled bytes from the acknowledged offset to Output, within a window, fair between runs.
 
 It must not know: the port, the clock, why a run runs. What a session needs to be told again is worked out from
-the spool, so ending one costs nothing but :meth:`Shipper.ended`.
+the spool, so ending one costs nothing but :meth:`Shipper.ended`. Just over 400 lines: what may follow what is one
+decision.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vmr_agent.wire.session import Session
 WINDOW = 16 * 1024 * 1024  # bytes sent and not acknowledged: what one lost session may cost to send again
 TAIL = 64 * 1024  # bytes whose CRC shows that guest and host speak of the same run
 _MARKS = 256  # in one frame
+_BURST = 8  # frames of one stretch that are made at once while nobody else has anything to say
 _CHUNK = framing.MAX_PAYLOAD - messages.OUTPUT_HEAD - messages.OUTPUT_MARK
 
 
@@ -168,42 +170,42 @@ class Shipper:
         self.touch(ack.run)
         return None
 
-    def next(self, session: Session) -> Optional[bytes]:
-        """The next frame to write, or None when there is nothing to send now."""
+    def next(self, session: Session) -> list[bytes]:
+        """The next frame to write, or the next few; none when there is nothing to send now."""
         if self._control:
-            return session.frame(self._control.popleft())
+            return [session.frame(self._control.popleft())]
         self._pieces_turn = bool(self._pieces) and not self._pieces_turn
         if not self._pieces_turn:
             output = self._next_output(session)
-            if output is not None:
+            if output:
                 return output
-        return session.frame(self._pieces.popleft()()) if self._pieces else None
+        return [session.frame(self._pieces.popleft()())] if self._pieces else []
 
     # --- inside ---
 
-    def _next_output(self, session: Session) -> Optional[bytes]:
+    def _next_output(self, session: Session) -> list[bytes]:
         for _ in range(len(self._turns)):
             run_id = self._turns.popleft()
             self._waiting.discard(run_id)
             delivery = self._deliveries.get(run_id)
             if delivery is None:
                 continue
-            frame = self._frame(delivery, session)
-            if frame is not None:
+            frames = self._frames(delivery, session)
+            if frames:
                 self.touch(run_id)
-                return frame
-        return None
+                return frames
+        return []
 
-    def _frame(self, delivery: _Delivery, session: Session) -> Optional[bytes]:
+    def _frames(self, delivery: _Delivery, session: Session) -> list[bytes]:
         run = delivery.run
         if not delivery.announced:
             announcement = self._announcement(run)
             if announcement is None:
-                return None
+                return []
             delivery.announced = True
-            return session.frame(announcement)
+            return [session.frame(announcement)]
         if not delivery.answered:
-            return None
+            return []
         closed = result = None
         if not delivery.plenty:
             # The order matters: what the exit counted is on disk before the exit record is, and the final bytes
@@ -212,7 +214,7 @@ class Shipper:
             result = run.result() if delivery.told < RunState.EXITED else None
             delivery.look()
         output = self._output(delivery, session)
-        if output is not None:
+        if output:
             return output
         if result is not None:
             counted = {Stream.STDOUT: result.stdout, Stream.STDERR: result.stderr}
@@ -222,43 +224,47 @@ class Shipper:
             if delivery.state >= RunState.EXITED:
                 delivery.told = RunState.EXITED
             elif gap := self._gap(delivery, counted, session) if closed is not None else None:
-                return gap  # not before: what the spool lacks may wait for space, in the shim's memory
+                return [gap]  # not before: what the spool lacks may wait for space, in the shim's memory
             elif all(delivery.sent[stream] >= length for stream, length in counted.items()):
                 delivery.told = RunState.EXITED
-                return session.frame(
-                    messages.Exit(
-                        run=run.info.run,
-                        ending=result.ending.value,
-                        value=result.value,
-                        text=messages.text(result.text),
-                        started=result.started_ns,
-                        ended=result.ended_ns,
-                        started_boottime=result.started_boottime_ns,
-                        ended_boottime=result.ended_boottime_ns,
-                        boot=result.boot_id,
-                        stdout=counted[Stream.STDOUT],
-                        stderr=counted[Stream.STDERR],
-                        user=int(result.rusage.user_s * 1e9),
-                        system=int(result.rusage.system_s * 1e9),
-                        max_rss=result.rusage.max_rss_bytes,
-                        asks_reboot=result.asks_reboot,
+                return [
+                    session.frame(
+                        messages.Exit(
+                            run=run.info.run,
+                            ending=result.ending.value,
+                            value=result.value,
+                            text=messages.text(result.text),
+                            started=result.started_ns,
+                            ended=result.ended_ns,
+                            started_boottime=result.started_boottime_ns,
+                            ended_boottime=result.ended_boottime_ns,
+                            boot=result.boot_id,
+                            stdout=counted[Stream.STDOUT],
+                            stderr=counted[Stream.STDERR],
+                            user=int(result.rusage.user_s * 1e9),
+                            system=int(result.rusage.system_s * 1e9),
+                            max_rss=result.rusage.max_rss_bytes,
+                            asks_reboot=result.asks_reboot,
+                        )
                     )
-                )
+                ]
         if closed is not None and delivery.told is RunState.EXITED:
             final = {Stream.STDOUT: closed.stdout, Stream.STDERR: closed.stderr}
             if gap := self._gap(delivery, final, session):
-                return gap
+                return [gap]
             if all(delivery.sent[stream] >= length for stream, length in final.items()):
                 delivery.told = RunState.CLOSED
-                return session.frame(
-                    messages.Closed(
-                        run=run.info.run,
-                        stdout=delivery.sent[Stream.STDOUT],
-                        stderr=delivery.sent[Stream.STDERR],
-                        reason=messages.text(run.close_reason()),
+                return [
+                    session.frame(
+                        messages.Closed(
+                            run=run.info.run,
+                            stdout=delivery.sent[Stream.STDOUT],
+                            stderr=delivery.sent[Stream.STDERR],
+                            reason=messages.text(run.close_reason()),
+                        )
                     )
-                )
-        return None
+                ]
+        return []
 
     def _announcement(self, run: Run) -> Optional[messages.Run]:
         result, started = run.result(), run.started()  # this way round: both may come in between
@@ -277,10 +283,10 @@ class Shipper:
             ended=result.ended_ns if result else None,
         )
 
-    def _output(self, delivery: _Delivery, session: Session) -> Optional[bytes]:
+    def _output(self, delivery: _Delivery, session: Session) -> list[bytes]:
         if self._in_flight + _CHUNK > self._window:
             self._stalled.add(delivery.run.info.run)
-            return None
+            return []
         spooled = delivery.spooled
         other = Stream.STDERR if delivery.turn is Stream.STDOUT else Stream.STDOUT
         for stream in (delivery.turn, other):
@@ -290,7 +296,7 @@ class Shipper:
                 continue
             pruned = delivery.run.pruned(stream)
             if offset < pruned:
-                return self._missing(delivery, stream, pruned - offset, "pruned in the guest", session)
+                return [self._missing(delivery, stream, pruned - offset, "pruned in the guest", session)]
             gap = delivery.run.gap(stream, offset, spooled[stream]) if delivery.gaps else None
             if gap is not None and gap.begin > offset:
                 left = gap.begin - offset
@@ -298,20 +304,27 @@ class Shipper:
                 if gap.growing:
                     continue  # told whole, when it is over
                 why, length = f"dropped in the guest: {gap.reason}", gap.end - offset
-                return self._missing(delivery, stream, length, why, session, gap.wall_ns)
+                return [self._missing(delivery, stream, length, why, session, gap.wall_ns)]
             marks = delivery.run.marks(stream, offset, min(left, _CHUNK), most=_MARKS)
             size = min(sum(length for length, _ in marks), _CHUNK - messages.OUTPUT_MARK * (len(marks) - 1))
-            data = delivery.run.read(stream, offset, size)
+            if size == _CHUNK and not self._turns and not self._pieces:
+                most = min(_BURST, (self._window - self._in_flight) // _CHUNK) * _CHUNK
+                marks = delivery.run.marks(stream, offset, min(left, most), most=1)
+                size = marks[0][0]
+            data = memoryview(delivery.run.read(stream, offset, size))
             if not data:
                 continue
             delivery.turn = Stream.STDERR if stream is Stream.STDOUT else Stream.STDOUT
             delivery.sent[stream] += len(data)
             self._in_flight += len(data)
-            more = len(data) < left
-            return session.output_frame(
-                delivery.run.info.run, stream, offset, more, _fit(marks, len(data)), data
-            )
-        return None
+            run, frames = delivery.run.info.run, []
+            for at in range(0, len(data), _CHUNK):
+                piece = data[at : at + _CHUNK]
+                more = at + len(piece) < left
+                fitted = _fit(marks, len(piece))
+                frames.append(session.output_frame(run, stream, offset + at, more, fitted, piece))
+            return frames
+        return []
 
     def _gap(self, delivery: _Delivery, counted: dict[Stream, int], session: Session) -> Optional[bytes]:
         """Bytes that were counted and never will be in the spool: the power, or their shim, went first."""

@@ -402,37 +402,33 @@ class MalformedMessage(Malformed):
 # The hot path. An Output's map is packed by hand, so that `data`, last and largest, is never copied into a
 # packer: the head below plus the bytes as they lie in the spool are the payload. MessagePack: 0x89 is a map
 # of nine, 0xA? a short str, C4 bin 8, C5 bin 16, CF uint 64, DC array 16, 92 an array of two.
+_OUTPUT = struct.Struct(">18s8s3sQ6s16s7sB8sQ5ss7sH")
 _OUTPUT_START = b"\x89\xa4type\xa6output\xa2to\xc4\x08"
 _MARK = struct.Struct(">BBIBQ")
-_U64 = struct.Struct(">BQ")
 
 
 def output_head(
     run: bytes, stream: int, offset: int, more: bool, marks: Pairs, length: int, *, to: bytes, n: int
 ) -> bytes:
     """All of an Output's payload but its last ``length`` bytes, which are the data themselves."""
-    packed_marks = b"".join(_MARK.pack(0x92, 0xCE, size, 0xCF, wall) for size, wall in marks)
-    return b"".join(
-        (
-            _OUTPUT_START,
-            to,
-            b"\xa1n",
-            _U64.pack(0xCF, n),
-            b"\xa3run\xc4\x10",
-            run,
-            b"\xa6stream",
-            bytes((stream,)),
-            b"\xa6offset",
-            _U64.pack(0xCF, offset),
-            b"\xa4more",
-            b"\xc3" if more else b"\xc2",
-            b"\xa5marks\xdc",
-            len(marks).to_bytes(2, "big"),
-            packed_marks,
-            b"\xa4data\xc5",
-            length.to_bytes(2, "big"),
-        )
+    head = _OUTPUT.pack(
+        _OUTPUT_START,
+        to,
+        b"\xa1n\xcf",
+        n,
+        b"\xa3run\xc4\x10",
+        run,
+        b"\xa6stream",
+        stream,
+        b"\xa6offset\xcf",
+        offset,
+        b"\xa4more",
+        b"\xc3" if more else b"\xc2",
+        b"\xa5marks\xdc",
+        len(marks),
     )
+    packed_marks = [_MARK.pack(0x92, 0xCE, size, 0xCF, wall) for size, wall in marks]
+    return b"".join((head, *packed_marks, b"\xa4data\xc5", length.to_bytes(2, "big")))
 
 
 OUTPUT_HEAD = len(output_head(bytes(16), 1, 0, False, (), 0, to=bytes(8), n=0))
