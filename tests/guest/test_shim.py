@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.rig import BOOT_ID, VMR, Rig, alive, eventually, everything, result
+from vmr_agent.guest.runner import Runner, fork_server_command
 from vmr_agent.guest.spool import RECORD, Run
 from vmr_agent.runs import Ending, RunState, Stream, Trigger
 
@@ -255,6 +256,55 @@ def test_a_script_still_open_for_writing_is_waited_for(rig: Rig) -> None:
 )
 def test_exit_10_or_a_reboot_file_asks_for_a_reboot(rig: Rig, script: str, asks: bool) -> None:
     assert result(rig.run(f"#!/bin/sh\n{script}\n")).asks_reboot is asks
+
+
+# -- a disk that takes its time --
+
+
+@pytest.fixture
+def slow(rig: Rig) -> Path:
+    """The gate of `slow_disk.py`, shut: where it is made, syncs are done."""
+    gate = rig.base / "gate"
+    rig.runner.close()
+    *interpreter, program = fork_server_command()
+    rig.runner = Runner(
+        rig.spool,
+        kick_path=rig.base / "kick",
+        launch_dir=rig.launch,
+        log=rig.logged.append,
+        boot_id=rig.boot_id,
+        command=[*interpreter, os.fspath(Path(__file__).with_name("slow_disk.py")), os.fspath(gate), program],
+    )
+    return gate
+
+
+def test_what_is_printed_during_a_long_sync_comes_at_once_and_the_end_waits_for_it(
+    rig: Rig, slow: Path
+) -> None:
+    rig.stage("#!/bin/sh\necho one; sleep 1.5; echo two; sleep 0.2; echo three\n")
+    run = rig.start()
+    eventually(lambda: everything(run, Stream.STDOUT) == b"one\ntwo\nthree\n")
+    eventually(lambda: not alive(run.started().pid))  # type: ignore[union-attr]
+    time.sleep(0.3)
+    assert run.result() is None, "an end counts only what is durable"
+    slow.touch()
+    rig.wait(run, RunState.CLOSED)
+    assert (result(run).stdout, run.close_reason()) == (14, "")
+
+
+def test_a_sync_that_fails_beside_the_output_is_done_again(rig: Rig, slow: Path) -> None:
+    slow.with_name("gate.fails").touch()
+    slow.touch()
+    rig.stage("#!/bin/sh\necho one; sleep 1.5; echo two; exit 3\n")
+    run = rig.start()
+    eventually(lambda: "cannot be synced" in run.blocked())
+    time.sleep(0.7)
+    assert run.result() is None
+    slow.with_name("gate.fails").unlink()
+    rig.wait(run, RunState.CLOSED)
+    assert everything(run, Stream.STDOUT) == b"one\ntwo\n"
+    assert result(run).value == 3
+    eventually(lambda: not run.blocked())
 
 
 # -- what a script sees --

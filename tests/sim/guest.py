@@ -11,6 +11,7 @@ import json
 import os as real_os
 import resource as real_resource
 import stat
+import threading
 import types
 from collections.abc import Mapping
 from contextlib import suppress
@@ -264,6 +265,9 @@ class Shim:
                 SIGCHLD=17, signal=lambda *_: None, set_wakeup_fd=self._wakeup_fd, SIG_SETMASK=2
             ),
             "resource": real_resource,
+            "_thread": types.SimpleNamespace(
+                allocate_lock=threading.Lock, start_new_thread=lambda work, arguments: work(*arguments)
+            ),
         }
         vm.world.maybe_trap(self.process, "shim", self.pause)
         self.task.start(self._main)

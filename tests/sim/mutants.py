@@ -57,7 +57,7 @@ MUTANTS: dict[str, Mutant] = {
     "an end counts bytes that are not durable": Mutant(
         shim,
         "Shim._exited",
-        "self._sync(index=False)\n    give_up = time.monotonic() + LAST_SYNC_S",
+        "self._await_sync()\n    give_up = time.monotonic() + LAST_SYNC_S",
         "give_up = 0.0",
         1000,
     ),
@@ -184,7 +184,7 @@ MUTANTS: dict[str, Mutant] = {
         "if delivery.state >= RunState.EXITED:",
     ),
     "the window is not kept": Mutant(
-        shipper, "Shipper._output", "if self._in_flight + _CHUNK > self._window:", "if False:"
+        shipper, "Shipper._output", "if self._in_flight + _CHUNK > window:", "if False:"
     ),
     "an end is told before its bytes": Mutant(
         shipper,

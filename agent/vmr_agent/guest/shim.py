@@ -9,6 +9,7 @@ It is one module, over the usual length, because a second one would be a second 
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import errno
 import fcntl
@@ -162,19 +163,25 @@ class Stream:
         return self.spooled + sum(len(data) for data, _ in self.held)
 
     def sync(self) -> None:
-        """Make durable what there is. OSError where it can't be, for now."""
-        # The kernel tells once that it could not write, and calls the pages clean: another sync alone would lie.
-        if self.failed:
-            self._write_again()
-        self.failed = True
-        os.fdatasync(self.file)
-        self.failed, self.synced, self.dirty = False, self.spooled, False
+        """Make durable what there is; more may come meanwhile. OSError where it can't be, for now."""
+        spooled = self.spooled
+        self.dirty = False
+        try:
+            # The kernel tells once that it could not write, and calls the pages clean: another sync alone would lie.
+            if self.failed:
+                self._write_again(spooled)
+            self.failed = True
+            os.fdatasync(self.file)
+        except OSError:
+            self.dirty = True
+            raise
+        self.failed, self.synced = False, spooled
 
-    def _write_again(self) -> None:
+    def _write_again(self, end: int) -> None:
         fd = os.open(self.name, os.O_RDWR)
         try:
             at = self.synced
-            while at < self.spooled:
+            while at < end:
                 try:
                     at = os.lseek(fd, at, os.SEEK_DATA)  # a hole stays one
                 except OSError:
@@ -203,6 +210,8 @@ class Shim:
         self.record_at = -RECORD.size  # where the index's last record lies
         self.record = (0, 0, 0, 0)
         self.sync_due = 0.0  # 0: nothing to sync
+        self.syncing = _thread.allocate_lock()  # held while it is done
+        self.sync_failure = ""
         self.blocked = ""
         self.dropping = 0  # the cause, while it drops
         self.gaps = -1
@@ -252,11 +261,11 @@ class Shim:
 
     def _listen_for_deaths(self) -> None:
         # Not a pidfd: children that the script left behind end up here too, and are to be reaped as they die.
-        self.wake, wake_end = os.pipe()
+        self.wake, self.wake_end = os.pipe()
         os.set_blocking(self.wake, False)
-        os.set_blocking(wake_end, False)
+        os.set_blocking(self.wake_end, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.wake_end, warn_on_full_buffer=False)
 
     @staticmethod
     def _adopt() -> None:
@@ -388,16 +397,20 @@ class Shim:
                     self._take(stream, READ)
             if self.wake in ready:
                 self._reap()
+                self._take_sync_failure()
             if self.blocked:
                 self._try_again()
             elif self.dropping and time.monotonic() >= self.check_due:
                 self._check_space()
-            if self.sync_due and time.monotonic() >= self.sync_due:
-                self._sync()
+            if self.sync_due and time.monotonic() >= self.sync_due and not self.syncing.locked():
+                self._sync_apart()
             if self.kick_owed:
                 self._kick()
+        self._await_sync()
         if self.sync_due:
-            self._sync()
+            self.syncing.acquire()
+            self._sync(self._place_for_note())
+            self._take_sync_failure()
         if not self.closed_at_exit:
             stdout, stderr = (stream.length for stream in self.streams)
             self._record("closed", {"stdout": stdout, "stderr": stderr, "reason": ""})
@@ -411,7 +424,7 @@ class Shim:
 
     def _timeout(self) -> float | None:
         waits = []
-        if self.sync_due:
+        if self.sync_due and not self.syncing.locked():  # its end wakes us
             waits.append(max(0.0, self.sync_due - time.monotonic()))
         if self.blocked:
             waits.append(RETRY_S)
@@ -477,29 +490,59 @@ class Shim:
         except OSError:
             pass  # no byte is lost by it, only its time; a hole reads as zeros and is skipped
 
-    def _sync(self, *, index: bool = True) -> None:
-        """Data, then index; at the exit only data, since the barrier waits for it: `sync_due` stays set."""
+    def _sync_apart(self) -> None:
+        """In a thread: beside others who write much it takes a second, and what is printed meanwhile goes on."""
+        self.syncing.acquire()
+        place = self._place_for_note()
         try:
-            for stream in self.streams:
-                if stream.dirty:
-                    stream.sync()
-            if index:
-                self.sync_due = 0.0
-                self._note_synced()
-                os.fdatasync(self.index)
-        except OSError as error:
-            self.sync_due = time.monotonic() + SYNC_S
-            self._block(f"the spool cannot be synced: {error.strerror}")
+            _thread.start_new_thread(self._sync, (place,))
+        except RuntimeError:  # the VM has no room for one
+            self._sync(place)
 
-    def _note_synced(self) -> None:
-        # A file's new size can come to the disk before its bytes, by the sync of another file: see cut_unsynced().
+    def _place_for_note(self) -> int:
+        self.sync_due = 0.0
         self.record_at += RECORD.size
         self.record = (0, 0, 0, 0)
+        return self.record_at
+
+    def _sync(self, place: int) -> None:
+        """Data, then index. Of what the thread of the pump has only what is named here is touched."""
+        try:
+            self._sync_data()
+            # A file's new size can come to the disk before its bytes, by the sync of another file: see cut_unsynced().
+            self._note_synced(place)
+            os.fdatasync(self.index)
+        except OSError as error:
+            self.sync_failure = error.strerror or str(error)
+        finally:
+            self.syncing.release()
+        try:
+            os.write(self.wake_end, b"s")
+        except BlockingIOError:
+            pass  # full: it wakes all the same
+
+    def _sync_data(self) -> None:
+        for stream in self.streams:
+            if stream.dirty:
+                stream.sync()
+
+    def _note_synced(self, place: int) -> None:
         try:
             stdout, stderr = self.streams
-            os.pwrite(self.index, RECORD.pack(stdout.synced, stderr.synced, 0, 0), self.record_at)
+            os.pwrite(self.index, RECORD.pack(stdout.synced, stderr.synced, 0, 0), place)
         except OSError:
             pass  # after a power cut fewer bytes are beyond doubt
+
+    def _await_sync(self) -> None:
+        with self.syncing:
+            pass
+        self._take_sync_failure()
+
+    def _take_sync_failure(self) -> None:
+        failure, self.sync_failure = self.sync_failure, ""
+        if failure:
+            self.sync_due = time.monotonic() + SYNC_S
+            self._block(f"the spool cannot be synced: {failure}")
 
     # -- want of space --
 
@@ -540,7 +583,8 @@ class Shim:
             stream.grows = True
             os.fdatasync(self.gaps)
             # A file's new size may come to the disk before the bytes below it, which were zeros then.
-            stream.sync()
+            with self.syncing:
+                stream.sync()
             stream.noted = True
         os.ftruncate(stream.file, stream.spooled + count)
         stream.spooled += count
@@ -648,11 +692,16 @@ class Shim:
             "asks_reboot": asks,
             "closed": self.closed_at_exit,
         }
-        self._sync(index=False)
+        # Only data, since the barrier waits for it: `sync_due` stays set.
+        self._await_sync()
         give_up = time.monotonic() + LAST_SYNC_S
         while any(stream.dirty for stream in self.streams) and time.monotonic() < give_up:
-            time.sleep(RETRY_S)
-            self._sync(index=False)
+            try:
+                self._sync_data()
+            except OSError as error:
+                self.sync_due = time.monotonic() + SYNC_S
+                self._block(f"the spool cannot be synced: {error.strerror}")
+                time.sleep(RETRY_S)
         self._record("exit.json", row)
 
     def _record(self, name: str, row: dict[str, object]) -> None:

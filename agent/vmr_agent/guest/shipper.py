@@ -284,7 +284,9 @@ class Shipper:
         )
 
     def _output(self, delivery: _Delivery, session: Session) -> list[bytes]:
-        if self._in_flight + _CHUNK > self._window:
+        # The last sixteenth is kept for runs with little under way: their lines don't wait for the Acks of a flood.
+        window = self._window - (self._window // 16 if delivery.in_flight > _CHUNK else 0)
+        if self._in_flight + _CHUNK > window:
             self._stalled.add(delivery.run.info.run)
             return []
         spooled = delivery.spooled
@@ -308,7 +310,7 @@ class Shipper:
             marks = delivery.run.marks(stream, offset, min(left, _CHUNK), most=_MARKS)
             size = min(sum(length for length, _ in marks), _CHUNK - messages.OUTPUT_MARK * (len(marks) - 1))
             if size == _CHUNK and not self._turns and not self._pieces:
-                most = min(_BURST, (self._window - self._in_flight) // _CHUNK) * _CHUNK
+                most = min(_BURST, (window - self._in_flight) // _CHUNK) * _CHUNK
                 marks = delivery.run.marks(stream, offset, min(left, most), most=1)
                 size = marks[0][0]
             data = memoryview(delivery.run.read(stream, offset, size))

@@ -12,12 +12,15 @@ beside it that ends in `.taken`, whichever process it was.
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
+
+start_new_thread = _thread.start_new_thread
 
 ROLES = (  # by what stands in the command line
     (("vmr_agent.cli.agent", "run"), "daemon"),
@@ -65,6 +68,17 @@ class Killer:
                 self.armed.setdefault(key, []).append({**step, "name": name, "seen": 0})
         sys.settrace(self.trace)
         threading.settrace(self.trace)
+        if role == "shim":
+            _thread.start_new_thread = self.start_traced
+
+    def start_traced(self, work, arguments):
+        """A shim's threads are none of `threading`, which it doesn't load."""
+
+        def traced():
+            sys.settrace(self.trace)
+            work(*arguments)
+
+        return start_new_thread(traced, ())
 
     def trace(self, frame, event, arg):
         code = frame.f_code
