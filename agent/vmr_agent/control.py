@@ -69,7 +69,7 @@ class Client:
         self.owed = 0
         """Answers that are still to come from elsewhere."""
         self._in = b""
-        self._out = b""
+        self._out = bytearray()
         self._listening, self._gave_up = True, False
 
     def fileno(self) -> int:
@@ -139,7 +139,8 @@ class Client:
             return
         if data:
             row = {**row, "bytes": len(data)}
-        self._out += json.dumps(row).encode("ascii") + b"\n" + data
+        self._out += json.dumps(row).encode("ascii") + b"\n"
+        self._out += data
         self.flush()
 
     def nudge(self, row: Mapping[str, Any]) -> None:
@@ -151,14 +152,15 @@ class Client:
         """Send on what it had no room for."""
         try:
             while self._out:
-                self._out = self._out[self.sock.send(self._out) :]
+                del self._out[: self.sock.send(self._out)]
         except BlockingIOError:
             pass
         except OSError:
             self._give_up()
 
     def _give_up(self) -> None:
-        self._listening, self.watching, self._out, self._gave_up = False, None, b"", True
+        self._listening, self.watching, self._gave_up = False, None, True
+        self._out.clear()
 
 
 class Connection:

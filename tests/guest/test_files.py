@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import select
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union
 
@@ -25,7 +27,7 @@ class Asking:
 
     def reply(self, verb: str, request: bytes = b"", **args: Any) -> Reply:
         asked = Request(request or os.urandom(16), verb, args)
-        reply = self.files.read(asked) if verb == "read" else self.files.do(asked)
+        reply = next(self.files.read(asked)) if verb == "read" else self.files.do(asked)
         self.files.go()
         while reply is None:
             assert select.select([self.files], [], [], 20.0)[0], f"{verb} is never answered"
@@ -90,6 +92,39 @@ def test_read_gives_a_piece_and_says_where_data_are_after_a_hole(asking: Asking,
     past = asking.ask("read", path=raw(path), offset=1 << 29, end=1 << 30)
     assert past == {"at": (8 << 20) + 3, "data": b""}
     assert asking.ask("digest", path=raw(path))["sha256"] == sha256(path.read_bytes())
+
+
+def test_read_gives_all_in_several_answers(asking: Asking, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(1).randbytes(3 * PIECE + 5))
+    os.truncate(path, 8 << 20)
+    open_before = len(os.listdir("/proc/self/fd"))
+
+    def replies(offset: int, end: int) -> Iterator[Reply]:
+        args = {"path": raw(path), "offset": offset, "end": end, "all": True}
+        return asking.files.read(Request(os.urandom(16), "read", args))
+
+    found = list(replies(7, 3 * PIECE + 5))
+    assert [reply.result.get("follows") for reply in found] == [True, True, True, None][-len(found) :]
+    assert b"".join(reply.result["data"] for reply in found) == path.read_bytes()[7 : 3 * PIECE + 5]  # type: ignore[misc]
+    *_, last = replies(0, 4 << 20)
+    assert last.result == {"at": 8 << 20, "data": b""}, "what is left is a hole"
+    half = replies(0, 3 * PIECE)
+    assert next(half).result["follows"]
+    half.close()  # type: ignore[attr-defined]
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_a_file_that_changes_between_the_answers_is_an_error(asking: Asking, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 512)
+    args = {"path": raw(path), "id": asking.ask("stat", path=raw(path))["id"], "offset": 0, "end": 131_072}
+    replies = asking.files.read(Request(os.urandom(16), "read", {**args, "all": True}))
+    assert next(replies).ok
+    with path.open("ab") as file:
+        file.write(b"more")
+    (last,) = replies
+    assert not last.ok and "has changed meanwhile" in last.error
 
 
 def test_a_file_that_changed_is_not_the_one_meant(asking: Asking, tmp_path: Path) -> None:

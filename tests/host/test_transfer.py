@@ -293,6 +293,7 @@ def test_a_tree_without_end_has_one_here(host: Host, liar: Liar, tmp_path: Path,
         ("read", {"at": 0, "data": b"x" * 20}),
         ("read", {"at": 5, "data": b"x" * 10}),
         ("read", {"at": 0, "data": b""}),
+        ("read", {"at": 0, "data": b"x" * 10, "follows": True}),
         ("read", {"at": -1, "data": b"x" * 10}),
         ("read", {"at": 2**62, "data": b"x" * 10}),
         ("read", {"data": b"x" * 10}),
@@ -346,8 +347,35 @@ def test_a_request_goes_out_and_its_reply_comes_back() -> None:
     reply = messages.Reply(request, True, "", {"path": b"\xfe", "n": 1, "data": b"raw"})
     assert relay.take(reply) and not relay.take(reply)
     assert heard == [
-        ({"id": "ab" * 16, "ok": True, "error": "", "result": {"path": "\udcfe", "n": 1}}, b"raw")
+        (
+            {
+                "id": "ab" * 16,
+                "ok": True,
+                "error": "",
+                "result": {"path": "\udcfe", "n": 1},
+                "follows": False,
+            },
+            b"raw",
+        )
     ]
+
+
+def test_a_reply_that_others_follow_is_not_the_last() -> None:
+    heard: list[tuple[Mapping[str, Any], bytes]] = []
+    relay = Relay(lambda message: True, lambda: False)
+    relay.ask(row(ask="read"), b"", lambda *each: heard.append(each), "")
+    request = bytes.fromhex("ab" * 16)
+    for data, result in ((b"one", {"follows": True}), (b"two", {"follows": True}), (b"three", {})):
+        assert relay.take(messages.Reply(request, True, "", {"data": data, **result}))
+    assert not relay.take(messages.Reply(request, True, "", {"data": b"four"}))
+    assert [(told["follows"], data) for told, data in heard] == [
+        (True, b"one"),
+        (True, b"two"),
+        (False, b"three"),
+    ]
+    relay.ask(row(ask="read"), b"", lambda *each: heard.append(each), "")
+    assert relay.take(messages.Reply(request, False, "no", {"follows": True}))
+    assert not relay.take(messages.Reply(request, True, "", {})), "an error is the last"
 
 
 @pytest.mark.parametrize("when", ["offline", "ended"])

@@ -23,6 +23,7 @@ from vmr_agent.contents import sha256
 from vmr_agent.errors import Problem, show
 from vmr_agent.wire.messages import PIECE
 
+_SPAN = 8  # pieces that are asked for together
 _MOST = 1_000_000  # entries of a tree: ten times what anyone has, and what a VM may make us remember
 _FACTS = ("name", "kind", "size", "mode", "mtime", "id", "target")  # of an entry, as PROTOCOL.md has them
 _LONGEST = 4096  # characters of one of them: a link's target, PATH_MAX
@@ -91,7 +92,7 @@ class _Incoming:
         self._flying += 1
         yield Ask("digest", {"path": self._path, "id": self._id}, answered=self._take_digest)
         while self._at < self._size:
-            start, self._at = self._at, min(self._at + PIECE, self._size)
+            start, self._at = self._at, min(self._at + _SPAN * PIECE, self._size)
             self._flying += 1
             yield self._read(start, self._at)
         self._asked_all = True
@@ -104,11 +105,13 @@ class _Incoming:
     def _read(self, start: int, end: int) -> Ask:
         def take(result: Mapping[str, Any], data: bytes) -> None:
             at = self._remote.number(result, "at")
-            if data and (at < start or at + len(data) != end):
+            if data and (at < start or at + len(data) > end):
                 raise self._remote.nonsense("it sends other bytes than were asked for")
-            if not data and at < end:
-                raise self._remote.nonsense("a file is shorter than it was")
             _write(self._fd, data, at)
+            if result.get("follows") is True:
+                return
+            if at + len(data) < end:
+                raise self._remote.nonsense("a file is shorter than it was")
             self._progress.add(end - start)
             skip = min(at, self._size) - self._at
             if skip > 0:  # a hole: nothing in it need be asked for
@@ -116,7 +119,8 @@ class _Incoming:
                 self._progress.add(skip)
             self._landed()
 
-        return Ask("read", {"path": self._path, "id": self._id, "offset": start, "end": end}, answered=take)
+        args = {"path": self._path, "id": self._id, "offset": start, "end": end, "all": True}
+        return Ask("read", args, answered=take, most=-(-(end - start) // PIECE))
 
     def _take_digest(self, result: Mapping[str, Any], data: bytes) -> None:
         self._sha256 = self._remote.bytes(result, "sha256")

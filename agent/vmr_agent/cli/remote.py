@@ -22,7 +22,7 @@ from vmr_agent.cli.collected import collector
 from vmr_agent.cli.progress import Progress
 from vmr_agent.errors import Problem, show
 
-WINDOW = 24  # requests under way: 744 KiB of files, less than what the collector's socket keeps for us
+WINDOW = 24  # answers under way: 744 KiB of files, less than what the collector's socket keeps for us
 PATIENCE = 300.0  # s without any answer: longer than a slow VM's reboot
 _AGAIN = 0.3  # s
 _FAREWELL = 2.0  # s; for tidying up in the VM when all else has failed
@@ -43,7 +43,16 @@ class Ask:
     """Bytes are bytes on the wire, in the guest and here."""
     data: bytes = b""
     answered: Answered = _nothing
+    most: int = 1
+    """How many answers it may have, one following the other."""
+    heard: int = 0
     id: str = field(default_factory=lambda: os.urandom(16).hex())
+
+    def ask_again(self) -> None:
+        """Where there are several answers it is another request: some of the first may still be on their way."""
+        self.heard = 0
+        if self.most > 1:
+            self.id = os.urandom(16).hex()
 
 
 class Remote:
@@ -66,14 +75,14 @@ class Remote:
         return found[0]
 
     def all(self, asks: Iterator[Ask]) -> None:
-        """Ask all of it, in this order, up to :data:`WINDOW` at once.
+        """Ask all of it, in this order, up to :data:`WINDOW` answers at once.
 
         The VM takes them in this order too: after a lost session all that had no answer are asked again, the
         earliest first.
         """
         flying: dict[str, Ask] = {}
         while True:
-            while len(flying) < WINDOW:
+            while sum(ask.most - ask.heard for ask in flying.values()) < WINDOW:
                 ask = next(asks, None)
                 if ask is None:
                     break
@@ -104,9 +113,14 @@ class Remote:
             return
         if "id" not in row:
             raise Problem(str(row.get("error")), hint=row.get("hint"))
-        ask = flying.pop(str(row["id"]), None)
+        ask = flying.get(str(row["id"]))
         if ask is None:
             return  # to what was given up
+        ask.heard += 1
+        if not row.get("follows"):
+            del flying[ask.id]
+        elif ask.heard >= ask.most:
+            raise self.nonsense("its answers have no end")
         self._answered_once = True
         if self._lost is not None:
             self._lost = None
@@ -115,7 +129,7 @@ class Remote:
             raise Problem(f"cannot {self._verb} {self.vm}:{row.get('error')}")
         ask.answered(row["result"], data)
 
-    def _go_on(self, flying: Mapping[str, Ask], reason: str) -> None:
+    def _go_on(self, flying: dict[str, Ask], reason: str) -> None:
         """Ask again what has no answer, when there is somebody to ask."""
         self._waiting(reason)
         self._lost = self._lost or time.monotonic()
@@ -126,7 +140,12 @@ class Remote:
             with suppress(Problem, OSError):
                 self._collector.close()
                 self._collector = self._connect()
-                for ask in flying.values():
+                unanswered = list(flying.values())
+                flying.clear()
+                for ask in unanswered:
+                    ask.ask_again()
+                    flying[ask.id] = ask
+                for ask in unanswered:
                     self._collector.say(self._row(ask), ask.data)
                 return
 

@@ -385,7 +385,7 @@ class Daemon:
 
     def _take_request(self, request: messages.Request) -> None:
         if request.verb == "read":
-            self._shipper.send_piece(lambda: self._files.read(request))
+            self._shipper.send_pieces(self._files.read(request))
         elif self._files.knows(request.verb):
             reply = self._files.do(request)
             if reply is not None:

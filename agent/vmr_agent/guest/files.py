@@ -15,7 +15,7 @@ import shutil
 import stat
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Callable, Optional
 
@@ -91,9 +91,13 @@ class Files:
             self._writer.add(self._to_write)
             self._to_write = []
 
-    def read(self, request: Request) -> Reply:
-        """The answer to `read`."""
-        return _answer(request, self._read)
+    def read(self, request: Request) -> Iterator[Reply]:
+        """The answers to `read`, each made when it is asked for; the file stays open until the last."""
+        try:
+            for result in self._read(request.args):
+                yield Reply(request.request, True, "", result)
+        except _FAILURES as failure:
+            yield _refusal(request, failure)
 
     def take(self) -> list[Reply]:
         """What the threads have done."""
@@ -127,18 +131,24 @@ class Files:
             return {"path": path, "kind": "nothing"}
         return {"path": os.path.realpath(path), **_facts(status)}
 
-    def _read(self, args: Args) -> Result:
+    def _read(self, args: Args) -> Iterator[Result]:
         path = self._path(args)
         offset, end = _number(args, "offset"), _number(args, "end")
         with _Opened(path, args.get("id")) as file:
-            start = next_data(file.fd, offset, file.status.st_size)
-            if start >= end:
-                return {"at": start, "data": b""}
-            return {"at": start, "data": os.pread(file.fd, min(end - start, PIECE), start)}
+            follows = True
+            while follows:
+                start = next_data(file.fd, offset, file.status.st_size)
+                data = os.pread(file.fd, min(end - start, PIECE), start) if start < end else b""
+                offset = start + len(data)
+                follows = args.get("all") is True and bool(data) and offset < end
+                file.check()
+                yield {"at": start, "data": data, **({"follows": True} if follows else {})}
 
     def _digest(self, args: Args) -> Result:
         with _Opened(self._path(args), args.get("id")) as file:
-            return {"sha256": sha256(file.fd)}
+            digest = sha256(file.fd)
+            file.check()
+            return {"sha256": digest}
 
     def _list(self, args: Args) -> Result:
         """A page of a directory, after a name: JSON objects, one a line, names by `os.fsdecode`."""
@@ -342,7 +352,7 @@ class _Opened:
         try:
             if not stat.S_ISREG(self.status.st_mode):
                 raise Problem(f"{show(path)}: is a {_kind(self.status)}, not a file")
-            self._check(self.status)
+            self.check()
         except Problem:
             os.close(self.fd)
             raise
@@ -350,30 +360,37 @@ class _Opened:
     def __enter__(self) -> _Opened:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        status = os.fstat(self.fd)
+    def __exit__(self, *_: object) -> None:
         os.close(self.fd)
-        if kind is None:
-            self._check(status)
 
-    def _check(self, status: os.stat_result) -> None:
-        if self._presumed is not None and _identity(status) != self._presumed:
+    def check(self) -> None:
+        if self._presumed is not None and _identity(os.fstat(self.fd)) != self._presumed:
             raise Problem(f"{show(self._path)}: has changed meanwhile")
 
 
+_FAILURES = (
+    Problem,
+    OSError,
+    ValueError,
+    OverflowError,
+)  # the last two: numbers that the system calls don't take
+
+
 def _answer(request: Request, act: Callable[[Args], Result]) -> Reply:
-    error, result = "", {}
     try:
-        result = act(request.args)
-    except Problem as problem:
-        error = str(problem)
-    except OSError as failed:
-        named: object = failed.filename2 or failed.filename or request.args.get("path")
-        reason = failed.strerror or str(failed)
+        return Reply(request.request, True, "", act(request.args))
+    except _FAILURES as failure:
+        return _refusal(request, failure)
+
+
+def _refusal(request: Request, failure: Exception) -> Reply:
+    if isinstance(failure, OSError):
+        named: object = failure.filename2 or failure.filename or request.args.get("path")
+        reason = failure.strerror or str(failure)
         error = f"{show(named)}: {reason}" if isinstance(named, bytes) else reason
-    except (ValueError, OverflowError) as wrong:  # numbers that the system calls don't take
-        error = f"cannot read the request: {wrong}"
-    return Reply(request=request.request, ok=not error, error=text(error), result=result)
+    else:
+        error = str(failure) if isinstance(failure, Problem) else f"cannot read the request: {failure}"
+    return Reply(request.request, False, text(error), {})
 
 
 def _bytes(args: Args, key: str) -> bytes:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from typing import Callable, Optional, Union
+from collections.abc import Iterator
+from typing import Optional, Union
 
 from vmr_agent.guest.spool import Run
 from vmr_agent.runs import Ending, RunId, RunState, Stream
@@ -69,7 +70,7 @@ class Shipper:
         self._launch_dir = launch_dir
         self._window = window
         self._control: deque[messages.Message] = deque()
-        self._pieces: deque[Callable[[], messages.Message]] = deque()
+        self._pieces: deque[Iterator[messages.Message]] = deque()
         self._pieces_turn = False
         self._deliveries: dict[RunId, _Delivery] = {}
         # Runs that may have something to say: a deque for the turns, a set so that each is in it once.
@@ -100,9 +101,9 @@ class Shipper:
         """Queue a control message for this session."""
         self._control.append(message)
 
-    def send_piece(self, make: Callable[[], messages.Message]) -> None:
-        """Queue a message as large as output, made when its turn comes: one frame of output, one of these."""
-        self._pieces.append(make)
+    def send_pieces(self, pieces: Iterator[messages.Message]) -> None:
+        """Queue messages as large as output, each made when its turn comes: one frame of output, one of these."""
+        self._pieces.append(pieces)
 
     def queued(self) -> int:
         """Control messages that wait to be sent."""
@@ -179,9 +180,17 @@ class Shipper:
             output = self._next_output(session)
             if output:
                 return output
-        return [session.frame(self._pieces.popleft()())] if self._pieces else []
+        return self._next_piece(session)
 
     # --- inside ---
+
+    def _next_piece(self, session: Session) -> list[bytes]:
+        while self._pieces:
+            piece = next(self._pieces[0], None)
+            if piece is not None:
+                return [session.frame(piece)]
+            self._pieces.popleft()
+        return []
 
     def _next_output(self, session: Session) -> list[bytes]:
         for _ in range(len(self._turns)):

@@ -796,11 +796,12 @@ class Collector:
         self._attend(client)
 
     def _owe(self, client: control.Client) -> Callable[..., None]:
-        """What gives the client an answer that comes later. Until then it is not let go, though it say no more."""
+        """What gives the client an answer that comes later. Until then it is not let go, though it say no more. One
+        that another ``follows`` is not the last."""
         client.owed += 1
 
         def pay(row: Mapping[str, Any], data: bytes = b"") -> None:
-            client.owed -= 1
+            client.owed -= not row.get("follows")
             self._tell(client, row, data)
 
         return pay

@@ -57,9 +57,12 @@ class Relay:
 
     def take(self, reply: messages.Reply) -> bool:
         """Pass a reply back; False when it answers nothing of this."""
-        answer = self._asked.pop(reply.request, None)
+        answer = self._asked.get(reply.request)
         if answer is None:
             return False
+        follows = reply.ok and reply.result.get("follows") is True
+        if not follows:
+            del self._asked[reply.request]
         data = reply.result.get("data")
         result = {
             key: os.fsdecode(value) if isinstance(value, bytes) else value
@@ -71,6 +74,7 @@ class Relay:
             "ok": reply.ok,
             "error": show(reply.error.encode()),
             "result": result,
+            "follows": follows,
         }
         answer(row, data if isinstance(data, bytes) else b"")
         return True
