@@ -498,6 +498,33 @@ def test_control_goes_before_output(spool: Spool, make_link: Callable[..., Link]
     assert isinstance(link.step(), messages.Output)
 
 
+def test_pieces_at_their_end_hold_up_no_output(spool: Spool, make_link: Callable[..., Link]) -> None:
+    run = begin(spool)
+    link = make_link()
+    link.run_dry()
+    link.shipper.send_pieces(iter([messages.Reply(bytes(16), True, "", {})]))
+    assert isinstance(link.step(), messages.Reply)
+    for _ in range(3):  # in the second it would be the pieces' turn
+        write(run, OUT, b"line\n")
+        link.shipper.touch(run.info.run)
+        assert isinstance(link.step(), messages.Output)
+
+
+def test_a_flood_leaves_room_in_the_window(spool: Spool, make_link: Callable[..., Link]) -> None:
+    flood, other = begin(spool, b"-4/flood"), begin(spool, b"-4/other")
+    link = make_link(window=4 * MIB)
+    link.run_dry()
+    write(flood, OUT, noise(8 * MIB))
+    link.shipper.touch(flood.info.run)
+    while link.step() is not None:
+        pass
+    assert 3 * MIB < link.unacked() < 4 * MIB
+    write(other, OUT, b"a line\n")
+    link.shipper.touch(other.info.run)
+    said = link.step()
+    assert isinstance(said, messages.Output) and said.data == b"a line\n"
+
+
 def test_control_of_a_session_that_ended_is_not_sent_in_the_next(make_link: Callable[..., Link]) -> None:
     link = make_link()
     link.shipper.send(messages.Vmr(vmr=b"-4/x", state="staged", attempt=0, reason=""))

@@ -18,12 +18,11 @@ from contextlib import suppress
 from typing import Any
 
 from vmr_agent.cli.progress import LONG, Progress
-from vmr_agent.cli.remote import Ask, Remote, kind, remote_of
+from vmr_agent.cli.remote import SPAN, Ask, Remote, kind, remote_of
 from vmr_agent.contents import sha256
 from vmr_agent.errors import Problem, show
 from vmr_agent.wire.messages import PIECE
 
-_SPAN = 8  # pieces that are asked for together
 _MOST = 1_000_000  # entries of a tree: ten times what anyone has, and what a VM may make us remember
 _FACTS = ("name", "kind", "size", "mode", "mtime", "id", "target")  # of an entry, as PROTOCOL.md has them
 _LONGEST = 4096  # characters of one of them: a link's target, PATH_MAX
@@ -92,7 +91,7 @@ class _Incoming:
         self._flying += 1
         yield Ask("digest", {"path": self._path, "id": self._id}, answered=self._take_digest)
         while self._at < self._size:
-            start, self._at = self._at, min(self._at + _SPAN * PIECE, self._size)
+            start, self._at = self._at, min(self._at + SPAN * PIECE, self._size)
             self._flying += 1
             yield self._read(start, self._at)
         self._asked_all = True

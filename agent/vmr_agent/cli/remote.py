@@ -22,7 +22,8 @@ from vmr_agent.cli.collected import collector
 from vmr_agent.cli.progress import Progress
 from vmr_agent.errors import Problem, show
 
-WINDOW = 24  # answers under way: 744 KiB of files, less than what the collector's socket keeps for us
+WINDOW = 31  # answers under way, at most: 961 KiB of files, less than what the collector keeps for us unread
+SPAN = 8  # of them to one request, at most
 PATIENCE = 300.0  # s without any answer: longer than a slow VM's reboot
 _AGAIN = 0.3  # s
 _FAREWELL = 2.0  # s; for tidying up in the VM when all else has failed
@@ -75,14 +76,14 @@ class Remote:
         return found[0]
 
     def all(self, asks: Iterator[Ask]) -> None:
-        """Ask all of it, in this order, up to :data:`WINDOW` answers at once.
+        """Ask all of it, in this order, with up to :data:`WINDOW` answers under way.
 
         The VM takes them in this order too: after a lost session all that had no answer are asked again, the
         earliest first.
         """
         flying: dict[str, Ask] = {}
         while True:
-            while sum(ask.most - ask.heard for ask in flying.values()) < WINDOW:
+            while sum(ask.most for ask in flying.values()) <= WINDOW - SPAN:
                 ask = next(asks, None)
                 if ask is None:
                     break

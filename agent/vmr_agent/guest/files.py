@@ -1,4 +1,4 @@
-"""What lives here: the VM's files read, written and put in place at the host's word, a piece a request.
+"""What lives here: the VM's files read, written and put in place at the host's word, piece by piece.
 
 It must not know: the port, sessions, runs, when anything starts. There is no table of transfers either: each
 request says which state of which file it presumes, so a request that is repeated changes nothing, and what

@@ -25,9 +25,9 @@ import sys
 import time
 
 READ = 256 * 1024  # measured: 64 KiB reads cost a quarter of the throughput
-PIPE = 1024 * 1024  # the most an unprivileged pipe may be; more lets the script run on while we sync
+PIPE = 1024 * 1024  # the most an unprivileged pipe may be; more lets the script run on while we are busy
 JOIN_NS = 10_000_000  # adjacent reads closer than this share one record of the index
-SYNC_S = 1.0  # what a power cut may take
+SYNC_S = 1.0  # between a sync's end and the next: what a power cut may take, and what came during a sync
 RETRY_S = 0.2  # while blocked
 KICK_RETRY_S = 0.005  # the daemon's queue holds 10 datagrams by default
 LAST_SYNC_S = 30.0  # how long an end waits for a disk that fails to take the bytes it counts
@@ -172,7 +172,7 @@ class Stream:
                 self._write_again(spooled)
             self.failed = True
             os.fdatasync(self.file)
-        except OSError:
+        except BaseException:
             self.dirty = True
             raise
         self.failed, self.synced = False, spooled
@@ -397,11 +397,11 @@ class Shim:
                     self._take(stream, READ)
             if self.wake in ready:
                 self._reap()
-                self._take_sync_failure()
             if self.blocked:
                 self._try_again()
             elif self.dropping and time.monotonic() >= self.check_due:
                 self._check_space()
+            self._take_sync_failure()  # behind _try_again(): that it is blocked is to stand for a while
             if self.sync_due and time.monotonic() >= self.sync_due and not self.syncing.locked():
                 self._sync_apart()
             if self.kick_owed:
@@ -496,7 +496,7 @@ class Shim:
         place = self._place_for_note()
         try:
             _thread.start_new_thread(self._sync, (place,))
-        except RuntimeError:  # the VM has no room for one
+        except (RuntimeError, MemoryError):  # the VM has no room for one
             self._sync(place)
 
     def _place_for_note(self) -> int:
@@ -512,8 +512,8 @@ class Shim:
             # A file's new size can come to the disk before its bytes, by the sync of another file: see cut_unsynced().
             self._note_synced(place)
             os.fdatasync(self.index)
-        except OSError as error:
-            self.sync_failure = error.strerror or str(error)
+        except Exception as error:  # whatever it is: nobody else would hear of it
+            self.sync_failure = getattr(error, "strerror", None) or repr(error)
         finally:
             self.syncing.release()
         try:
@@ -539,8 +539,8 @@ class Shim:
         self._take_sync_failure()
 
     def _take_sync_failure(self) -> None:
-        failure, self.sync_failure = self.sync_failure, ""
-        if failure:
+        if self.sync_failure and not self.syncing.locked():
+            failure, self.sync_failure = self.sync_failure, ""
             self.sync_due = time.monotonic() + SYNC_S
             self._block(f"the spool cannot be synced: {failure}")
 
@@ -692,7 +692,7 @@ class Shim:
             "asks_reboot": asks,
             "closed": self.closed_at_exit,
         }
-        # Only data, since the barrier waits for it: `sync_due` stays set.
+        # Only data, since the barrier waits for it, and what is under way: `sync_due` stays set.
         self._await_sync()
         give_up = time.monotonic() + LAST_SYNC_S
         while any(stream.dirty for stream in self.streams) and time.monotonic() < give_up:

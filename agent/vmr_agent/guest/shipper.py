@@ -63,8 +63,8 @@ class _Delivery:
 
 
 class Shipper:
-    """Decides what the next frame is. Control frames go before output; runs with output take turns, and so do
-    output and pieces of files."""
+    """Decides what the next frames are. Control frames go before output that is not made yet; runs with output take
+    turns, and so do output and pieces of files."""
 
     def __init__(self, launch_dir: bytes, *, window: int = WINDOW) -> None:
         self._launch_dir = launch_dir
@@ -180,7 +180,7 @@ class Shipper:
             output = self._next_output(session)
             if output:
                 return output
-        return self._next_piece(session)
+        return self._next_piece(session) or (self._next_output(session) if self._pieces_turn else [])
 
     # --- inside ---
 

@@ -347,7 +347,11 @@ class LogStore:
         """In the loop, when the work is done: the mark, then what may be acknowledged."""
         sync.close()
         if sync is not self._in_flight:
-            return []  # a new life began meanwhile
+            # A new life began meanwhile, or the store was read anew. That something failed is told once: to this one.
+            if sync.error is not None:
+                with self._writing:
+                    raise sync.error
+            return []
         self._in_flight = None
         with self._writing:
             if sync.error is not None:

@@ -37,7 +37,7 @@ took: the collector, on which the guests wait, needs the core, and much rendered
 MOST_REST = 0.25
 """Seconds; the longest such pause."""
 MANY = 50
-"""VMs in a turn."""
+"""VMs in a turn: so many have more to show in each of the next turns, so they are worth a pause."""
 PIPE_FULL = 2_048
 """So much unread means that the pipe may have been full: the smallest holds a page."""
 
@@ -66,10 +66,13 @@ class Renderer:
             now = time.monotonic()
             if give_up is None and (many or select.select([wakes], [], [], 0)[0]):
                 time.sleep(min(REST * (now - began), MOST_REST))
+                now = time.monotonic()
             if now >= due and (self._changed or self._waiting):
                 self._note()
                 took = time.monotonic() - now
-                due = now + min(max(NOTE_EVERY, took / NOTE_SHARE), MOST_NOTE)
+                due = now + (
+                    NOTE_EVERY if self._waiting else min(max(NOTE_EVERY, took / NOTE_SHARE), MOST_NOTE)
+                )
                 turn |= self._waiting
             if give_up is not None:
                 if not turn and (not self._waiting or now >= give_up):
