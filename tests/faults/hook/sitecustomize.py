@@ -127,6 +127,7 @@ class Killer:
             row["started"] = whole(path + "started") or whole(path + "starting")
             row["ended"] = whole(path + "exit.json") or whole(path + "exit.json.new")
             row["captured"] = [size(path + "stdout"), size(path + "stderr")]
+            row["apart"] = _thread.get_ident() != threading.main_thread().ident
         fd = os.open(self.plan + ".taken", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.write(fd, json.dumps(row).encode() + b"\n")
         os.kill(os.getpid(), signal.SIGKILL)
