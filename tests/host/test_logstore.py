@@ -456,6 +456,23 @@ def test_a_life_never_takes_a_number_again(tmp_path: Path) -> None:
         assert (tmp_path / "vm1~2").exists() and not (tmp_path / "vm1~1").exists()
 
 
+def test_a_sync_that_failed_after_a_new_life_began_fails_the_store(tmp_path: Path) -> None:
+    """The kernel tells of a failed write-back once: whoever heard of it must not keep it to himself."""
+    with opened(tmp_path) as store:
+        store.run(said.run())
+        store.output(said.output(b"first"))
+        sync = store.begin_sync()
+        assert sync is not None
+        store.life(said.hello(spool=b"2" * 16), T)
+        sync.error = OSError(errno.EIO, "broken")
+        with pytest.raises(OSError, match="broken"):
+            store.finish_sync(sync)
+        with pytest.raises(OSError, match="broken"):
+            store.run(said.run())
+        assert store.life(said.hello(spool=b"2" * 16), T) is False
+        store.run(said.run())
+
+
 def test_a_sync_in_flight_when_a_new_life_begins_marks_nothing(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         store.run(said.run())

@@ -47,6 +47,7 @@ class Ask:
     most: int = 1
     """How many answers it may have, one following the other."""
     heard: int = 0
+    """How many of them have come since it was last asked."""
     id: str = field(default_factory=lambda: os.urandom(16).hex())
 
     def ask_again(self) -> None:

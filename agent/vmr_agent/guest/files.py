@@ -368,12 +368,8 @@ class _Opened:
             raise Problem(f"{show(self._path)}: has changed meanwhile")
 
 
-_FAILURES = (
-    Problem,
-    OSError,
-    ValueError,
-    OverflowError,
-)  # the last two: numbers that the system calls don't take
+# The last two: numbers that the system calls don't take.
+_FAILURES = (Problem, OSError, ValueError, OverflowError)
 
 
 def _answer(request: Request, act: Callable[[Args], Result]) -> Reply:

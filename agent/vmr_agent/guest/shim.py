@@ -27,7 +27,7 @@ import time
 READ = 256 * 1024  # measured: 64 KiB reads cost a quarter of the throughput
 PIPE = 1024 * 1024  # the most an unprivileged pipe may be; more lets the script run on while we are busy
 JOIN_NS = 10_000_000  # adjacent reads closer than this share one record of the index
-SYNC_S = 1.0  # between a sync's end and the next: what a power cut may take, and what came during a sync
+SYNC_S = 1.0  # from a byte's capture to the sync that takes it, or the end of one under way: a power cut may take it
 RETRY_S = 0.2  # while blocked
 KICK_RETRY_S = 0.005  # the daemon's queue holds 10 datagrams by default
 LAST_SYNC_S = 30.0  # how long an end waits for a disk that fails to take the bytes it counts
@@ -506,7 +506,8 @@ class Shim:
         return self.record_at
 
     def _sync(self, place: int) -> None:
-        """Data, then index. Of what the thread of the pump has only what is named here is touched."""
+        """Data, then index, while `syncing` is held. In a thread, so of what is the pump's it changes `sync_failure`
+        alone, and of a stream what :meth:`Stream.sync` does."""
         try:
             self._sync_data()
             # A file's new size can come to the disk before its bytes, by the sync of another file: see cut_unsynced().

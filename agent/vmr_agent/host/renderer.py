@@ -37,7 +37,7 @@ took: the collector, on which the guests wait, needs the core, and much rendered
 MOST_REST = 0.25
 """Seconds; the longest such pause."""
 MANY = 50
-"""VMs in a turn: so many have more to show in each of the next turns, so they are worth a pause."""
+"""VMs in a turn. Of so many some have always more to show, and one turn for all of it costs less than many."""
 PIPE_FULL = 2_048
 """So much unread means that the pipe may have been full: the smallest holds a page."""
 
