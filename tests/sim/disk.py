@@ -69,13 +69,14 @@ class Node:
 
 
 class File(Node):
-    __slots__ = ("appends", "changes", "content", "durable", "failed", "punched")
+    __slots__ = ("appends", "changes", "content", "durable", "failed", "made", "punched")
 
     def __init__(self, disk: Disk, mode: int) -> None:
         super().__init__(disk, stat.S_IFREG | mode)
         self.content = bytearray()
         self.durable = bytearray()
         self.changes: list[Change] = []
+        self.made = 0  # how many changes there ever were
         self.punched = 0
         self.appends = False
         self.failed = -1  # the durable length when a sync failed, if none has been well since
@@ -88,24 +89,27 @@ class File(Node):
     def change(self, change: Change) -> None:
         _apply(self.content, change)
         self.changes.append(change)
+        self.made += 1
         self.touch()
 
-    def sync(self) -> None:
-        if self.changes:
+    def sync(self, upto: Optional[int] = None) -> None:
+        """Make its changes survive; where it took a while, as far as the one that was `made` as number `upto`."""
+        later = 0 if upto is None else min(self.made - upto, len(self.changes))
+        changes = self.changes[: len(self.changes) - later]
+        if changes:
+            del self.changes[: len(changes)]
             if self.disk.fails_sync():
                 # The kernel says so once, then calls the pages clean: what was written is on no disk. A size is.
                 if self.failed < 0:
                     self.failed = len(self.durable)
-                for change in self.changes:
+                for change in changes:
                     if change[0] != "write":
                         _apply(self.durable, change)
                 if not self.appends:
                     _apply(self.durable, ("size", len(self.content), b""))
-                self.changes.clear()
                 raise fail(self.disk.sync_errno)
-            for change in self.changes:
+            for change in changes:
                 _apply(self.durable, change)
-            self.changes.clear()
         self.failed = -1
 
     def lose_power(self, dice: random.Random) -> None:
@@ -139,7 +143,7 @@ class File(Node):
         twin = File.__new__(File)
         _copy_node(self, twin, disk)
         twin.content, twin.durable = bytearray(self.content), bytearray(self.content)
-        twin.changes, twin.punched = [], self.punched
+        twin.changes, twin.made, twin.punched = [], 0, self.punched
         twin.appends, twin.failed = self.appends, -1
         return twin
 

@@ -1,7 +1,8 @@
 """What lives here: a VM: the guest's real daemon and its real shims on a simulated kernel, and the scripts they run.
 
-The daemon's own methods are called in the order of its loop; each shim is `guest.shim`'s own code in a task. Played
-are what is below or beside them: the fork server (an order in, a shim out), the scripts, inotify, the port.
+The daemon's own methods are called in the order of its loop; each shim is `guest.shim`'s own code in a task, and
+the thread of its syncs in another. Played are what is below or beside them: the fork server (an order in, a shim
+out), the scripts, inotify, the port.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import os as real_os
 import resource as real_resource
 import stat
-import threading
 import types
 from collections.abc import Mapping
 from contextlib import suppress
@@ -206,9 +206,51 @@ class ShimProcess(Process):
         return data
 
     def write(self, fd: int, data: Any) -> int:
+        self.shim.preempt()
         count = super().write(fd, data)
         self._tell_script()
+        if fd == self.wakeup_fd:
+            self.shim.task.wake()
         return count
+
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:
+        self.shim.preempt()
+        count = super().pwrite(fd, data, offset)
+        if self._fd(fd).node is self.cwd.names.get("index"):
+            stdout, stderr, length, number = shim.RECORD.unpack(data)
+            if not length and not number:
+                self._says_durable("its note", stdout, stderr)
+        return count
+
+    def rename(self, old: Any, new: Any, **more: Any) -> None:
+        super().rename(old, new, **more)
+        if new == "exit.json":
+            row = json.loads(self.cwd.names[new].content)  # type: ignore[union-attr]
+            self._says_durable("its end", row["stdout"], row["stderr"])
+
+    def _says_durable(self, what: str, stdout: int, stderr: int) -> None:
+        world, name = self.shim.vm.world, self.shim.vmr.decode()
+        world.durable(self.cwd, f"{name}: {what}", {Stream.STDOUT: stdout, Stream.STDERR: stderr})
+
+    def fdatasync(self, fd: int) -> None:
+        """In a thread it takes its time: what was written before it began is durable then, what comes meanwhile
+        may be."""
+        if not self.shim.preempt():
+            super().fdatasync(fd)
+            return
+        self.enter()
+        node = self._fd(fd).node
+        assert isinstance(node, File)
+        dice, begun = self.shim.vm.world.dice, node.made
+        try:
+            self.shim.let_others_go_on(self.shim.vm.world.plan.sync_takes)
+        except Killed:
+            # The kernel may go on with it. Should it fail nobody is told.
+            if self.shim.vm.up and dice.random() < 0.5:
+                with suppress(OSError):
+                    node.sync(dice.randint(begun, node.made))
+            raise
+        node.sync(dice.randint(begun, node.made))
 
     def close(self, fd: int) -> None:
         super().close(fd)
@@ -216,6 +258,8 @@ class ShimProcess(Process):
 
     def die(self) -> None:
         super().die()
+        for task in self.shim.tasks:
+            task.wake()
         self._tell_script()
         if self.script is not None:
             self.script.poke()  # to SIGPIPE
@@ -243,7 +287,7 @@ class ShimProcess(Process):
 
 
 class Shim:
-    """One shim: `guest.shim`'s code, in a task."""
+    """One shim: `guest.shim`'s code, in a task, and the thread of a sync in another."""
 
     script_pid = 0
     """The script's, where it runs already."""
@@ -255,7 +299,8 @@ class Shim:
         self.vmr, self.attempt = order[3], int(order[4])
         self.process = ShimProcess(vm.disk, vm.locks, pid=vm.next_pid(), urandom=vm.world.random_bytes)
         self.process.shim = self
-        self.task = Task(vm.world.clock, self.process, self._activate)
+        self.tasks: list[Task] = []
+        self.running = self.task = self._make_task()
         self._modules = {
             "os": self.process,
             "time": Time(vm.world.clock, vm, self.task),
@@ -266,7 +311,7 @@ class Shim:
             ),
             "resource": real_resource,
             "_thread": types.SimpleNamespace(
-                allocate_lock=threading.Lock, start_new_thread=lambda work, arguments: work(*arguments)
+                allocate_lock=lambda: tasks.Lock(lambda: self.running), start_new_thread=self._start_thread
             ),
         }
         vm.world.maybe_trap(self.process, "shim", self.pause)
@@ -275,11 +320,39 @@ class Shim:
     def _wakeup_fd(self, fd: int, *, warn_on_full_buffer: bool = True) -> None:
         self.process.wakeup_fd = fd
 
-    def _activate(self) -> None:
-        vars(shim).update(self._modules)
+    def _make_task(self, *, thread: bool = False) -> Task:
+        def activate() -> None:
+            self.running = task
+            vars(shim).update(self._modules)
+
+        task = Task(self.vm.world.clock, self.process, activate, thread=thread)
+        self.tasks.append(task)
+        return task
+
+    def _start_thread(self, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if self.vm.world.dice.random() < 0.02:
+            raise RuntimeError("can't start new thread")
+        thread = self._make_task(thread=True)
+
+        def body() -> None:
+            work(*arguments)
+            self.tasks.remove(thread)
+
+        thread.start(body)
 
     def pause(self, seconds: float) -> None:
-        self.task.sleep(seconds)
+        self.running.sleep(seconds)
+
+    def preempt(self) -> bool:
+        """Let others go on before a thread's next step; whether this is one's."""
+        if self.running is self.task:
+            return False
+        self.let_others_go_on(0.001)
+        return True
+
+    def let_others_go_on(self, seconds: float) -> None:
+        """For so long at the most; to be ended by a kill."""
+        self.running.block(self.vm.world.dice.random() * seconds)
 
     def _main(self) -> None:
         """As shim.main(), without what a process does to itself."""
@@ -302,9 +375,6 @@ class Shim:
 
     def kill(self) -> None:
         self.process.die()
-        if not self.task.done:
-            self.vm.world.clock.after(0, self.task.resume) if self.task.waits else None
-            self.task.waits = False
 
 
 class RestoredShim(Shim):

@@ -61,6 +61,27 @@ MUTANTS: dict[str, Mutant] = {
         "give_up = 0.0",
         1000,
     ),
+    "an end does not await the sync under way": Mutant(shim, "Shim._exited", "self._await_sync()", "pass"),
+    "what is written during a sync counts as synced": Mutant(
+        shim,
+        "Stream.sync",
+        "self.failed, self.synced = False, spooled",
+        "self.failed, self.synced, self.dirty = False, spooled, False",
+    ),
+    "what is written during a sync is noted as synced": Mutant(
+        shim,
+        "Stream.sync",
+        "self.failed, self.synced = False, spooled",
+        "self.failed, self.synced = False, self.spooled",
+    ),
+    "dropping begins beside a sync": Mutant(
+        shim,
+        "Shim._drop",
+        "with self.syncing:",
+        "if True:",
+        20_000,
+        lambda plan: plan.drop and plan.spool_limit and "guest sync fails" in plan.faults,
+    ),
     "a failed sync of output is believed the second time": Mutant(
         shim, "Stream.sync", "if self.failed:", "if False:", 4000
     ),

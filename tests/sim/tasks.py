@@ -51,11 +51,17 @@ class Clock:
 
 
 class Task:
-    """A process whose code blocks: the product's own, in a thread. One thread runs at a time, so it is a coroutine."""
+    """A process whose code blocks: the product's own, in a thread. One thread runs at a time, so it is a coroutine.
 
-    def __init__(self, clock: Clock, process: Process, activate: Callable[[], None]) -> None:
+    Or a thread of such a process, whose end is not the process's.
+    """
+
+    def __init__(
+        self, clock: Clock, process: Process, activate: Callable[[], None], *, thread: bool = False
+    ) -> None:
         self.clock = clock
         self.process = process
+        self._is_thread = thread
         self.done = False
         self.waits = False
         self.failure: Optional[BaseException] = None
@@ -78,7 +84,8 @@ class Task:
             pass
         except BaseException as error:
             self.failure = error
-        self.process.die()
+        if not self._is_thread:
+            self.process.die()
         self.done = True
         self._back.release()
 
@@ -120,6 +127,38 @@ class Task:
         self._go.acquire()
         if self.process.dead:
             raise Killed
+
+
+class Lock:
+    """What `_thread.allocate_lock` makes, for the tasks of one process."""
+
+    def __init__(self, running: Callable[[], Task]) -> None:
+        self._running = running
+        self._held = False
+        self._waiting: list[Task] = []
+
+    def acquire(self) -> None:
+        while self._held:
+            task = self._running()
+            self._waiting.append(task)
+            task.block()
+        self._held = True
+
+    def release(self) -> None:
+        assert self._held
+        self._held = False
+        waiting, self._waiting = self._waiting, []
+        for task in waiting:
+            task.wake()
+
+    def locked(self) -> bool:
+        return self._held
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class Time:

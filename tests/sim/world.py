@@ -13,6 +13,7 @@ from typing import Any, Callable, Optional
 
 from tests.sim.channel import Channel
 from tests.sim.checks import Checks
+from tests.sim.disk import Directory
 from tests.sim.guest import LAUNCH, RestoredShim, Script, Vm
 from tests.sim.host import Host
 from tests.sim.kernel import Killed, Process
@@ -97,9 +98,11 @@ class Plan:
     """How probable it is that a script sleeps after a write."""
     busy: float = 0.0
     """How probable it is that a run's whole life passes before the daemon that began it goes on."""
+    sync_takes: float = 0.001
+    """How long a shim's sync takes at the most, in its thread."""
     punch_unit: int = 256
     latency: float = 0.0005
-    constants: dict[str, int] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
 
 
 def make_plan(dice: random.Random) -> Plan:
@@ -138,7 +141,9 @@ def make_plan(dice: random.Random) -> Plan:
             "chunk": dice.choice((200, 1000, CHUNK)),
             "window": dice.choice((2500, 20_000, shipper.WINDOW)),
             "tail": dice.choice((512, 4096)),
+            "sync_s": dice.choice((0.05, 1.0)),
         },
+        sync_takes=dice.choice((0.001, 0.1, 3.0)),
     )
 
 
@@ -183,7 +188,7 @@ class World:
         spool.Run.prune.__kwdefaults__["tail"] = spool.KEPT_TAIL
         shim.READ = 16_384
         shim.CHECK_BYTES = 2_000
-        shim.SYNC_S = 1.0
+        shim.SYNC_S = constants["sync_s"]
         life.CHECKPOINT_RECORDS = 40
         collector.SWEEP_BYTES = 8_000
         collector.MEASURE = 1.0
@@ -224,6 +229,9 @@ class World:
 
     def pruned(self, path: str, upto: int) -> None:
         self.checks.pruned(path, upto)
+
+    def durable(self, directory: Directory, what: str, lengths: dict[Stream, int]) -> None:
+        self.checks.durable(directory, what, lengths)
 
     def check_daemon(self, running: Any) -> None:
         window = running._shipper._window
