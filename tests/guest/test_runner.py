@@ -109,6 +109,19 @@ def test_a_fork_server_that_dies_at_once_is_not_started_in_a_loop(rig: Rig, tmp_
     rig.wait(run, RunState.CLOSED)  # the other runner's fork server works
 
 
+def test_its_files_are_kept_while_its_shim_begins_and_before_the_script_does(rig: Rig) -> None:
+    seen = []
+
+    def keep(run: Run) -> None:
+        eventually(lambda: run.holder() and (run.path / "exit.json.new").exists(), "its shim has begun")
+        time.sleep(0.2)  # long enough for all the rest
+        seen.append((run.started(), (rig.base / "ran").exists()))
+
+    rig.runner._keep = keep
+    run = rig.run(f"#!/bin/sh\ntouch {rig.base}/ran\n")
+    assert (seen, result(run).value) == ([(None, False)], 0)
+
+
 DAEMON = """
 import sys, time
 from pathlib import Path
@@ -126,16 +139,21 @@ time.sleep(600)
 """
 
 
-def test_a_daemon_killed_outright_finds_its_runs_again(rig: Rig) -> None:
-    rig.stage(WAITS.format(rig.base))
+def another_daemon(rig: Rig, text: str) -> subprocess.Popen[bytes]:
+    """In a process of its own, in the place of the rig's."""
     rig.runner.close()
     rig.spool.close()
     agent = Path(__file__).resolve().parents[2] / "agent"
-    daemon = subprocess.Popen(
-        [sys.executable, "-c", DAEMON, rig.base, BOOT_ID],
+    return subprocess.Popen(
+        [sys.executable, "-c", text, rig.base, BOOT_ID],
         env={**os.environ, "PYTHONPATH": os.fspath(agent)},
         stdout=subprocess.PIPE,
     )
+
+
+def test_a_daemon_killed_outright_finds_its_runs_again(rig: Rig) -> None:
+    rig.stage(WAITS.format(rig.base))
+    daemon = another_daemon(rig, DAEMON)
     assert daemon.stdout is not None
     server = int(daemon.stdout.readline())
     daemon.kill()
@@ -150,6 +168,24 @@ def test_a_daemon_killed_outright_finds_its_runs_again(rig: Rig) -> None:
         second.wait(run, RunState.CLOSED)
         assert (result(run).value, everything(run, Stream.STDOUT)) == (6, b"before\nafter\n")
         assert second.spool.latest(VMR) is run
+    finally:
+        second.close()
+
+
+def test_a_daemon_killed_while_it_keeps_the_files_holds_no_run_back(rig: Rig) -> None:
+    rig.stage(f"#!/bin/sh\necho ran >> {rig.base}/log\n")
+    text = DAEMON.replace("boot_id=sys.argv[2]", "boot_id=sys.argv[2], keep=lambda _: time.sleep(3600)")
+    daemon = another_daemon(rig, text)
+    run_directory = rig.state / "runs" / os.fsdecode(VMR) / "1"
+    eventually((run_directory / "exit.json.new").exists, "the shim has begun")
+    assert not (rig.base / "log").exists()
+    daemon.kill()
+    daemon.communicate()
+    second = Rig(rig.base)
+    try:
+        (run,) = second.runner.attach()
+        second.wait(run, RunState.CLOSED)
+        assert (rig.base / "log").read_text() == "ran\n"
     finally:
         second.close()
 

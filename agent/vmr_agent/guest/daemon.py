@@ -92,6 +92,7 @@ class Daemon:
         self._rows_sent: dict[bytes, messages.Vmr] = {}
         self._milestones = (False, False)
         self._next_idle = self._next_full = 0.0
+        self._idled = 0.0
         # What could not be noted in the state directory is tried again: runs that could not begin, what was seen
         # change and go, and, by a session that begins anew, what the host said.
         self._next_retry: Optional[float] = None
@@ -204,7 +205,8 @@ class Daemon:
 
     def _look(self, now: float) -> None:
         calm = not self._supervisor.eager and self._next_retry is None
-        idle = now >= self._next_idle - (IDLE / 2 if calm else 0.0)
+        # By when it was done last, not by when it is due: that is soon where a run has just ended, which is to be told.
+        idle = now >= self._next_idle or (calm and now >= self._idled + IDLE / 2)
         full = idle and now >= self._next_full
         again = self._next_retry is not None and now >= self._next_retry
         if again:
@@ -235,7 +237,7 @@ class Daemon:
 
     def _idle(self, now: float, *, full: bool) -> None:
         """What one step can't do, on a disk that fails, keeps no other from being done."""
-        self._next_idle = now + (LIVE if self._supervisor.eager else IDLE)
+        self._idled, self._next_idle = now, now + (LIVE if self._supervisor.eager else IDLE)
         if full:
             self._next_full = now + FULL
         self._try(self._supervisor.judge_all)

@@ -54,7 +54,7 @@ class Runner:
         self._launch_dir = launch_dir
         self._log = log
         self._boot_id = boot_id
-        self._keep = keep  # called with each new run before its script can touch anything
+        self._keep = keep  # called with each new run before its script can touch anything; raises nothing
         self._command = list(command or fork_server_command())
         self._server: Optional[subprocess.Popen[bytes]] = None
         self._orders: Optional[socket.socket] = None
@@ -162,8 +162,13 @@ class Runner:
             holds=holds,
             number=number,
         )
-        self._keep(run)
-        self._order(run)
+        try:
+            with run.held_back():
+                self._order(run)
+                self._keep(run)  # while its shim begins, which takes a slow VM longer
+        except OSError as error:
+            self._log(f"cannot keep the files of {show(vmr)}: {error.strerror}; it starts without")
+            self._order(run)
         return run
 
     def _clear_reboot(self, vmr: bytes) -> None:

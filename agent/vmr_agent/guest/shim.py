@@ -243,6 +243,7 @@ class Shim:
         self._adopt()
         try:
             self._open()
+            _await_files()
             go, failed = self._fork()
         except OSError as error:
             raise Waits(f"cannot begin: {error.strerror}") from error
@@ -755,6 +756,15 @@ def _sync_path(path: str) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _await_files() -> None:
+    """Until the daemon has kept the VMR's files as they lie there now, or has died: see Run.held_back()."""
+    fd = os.open(".", os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
     finally:
         os.close(fd)
 

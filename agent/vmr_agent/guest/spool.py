@@ -543,6 +543,16 @@ class Run:
 
     # -- who has it --
 
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Its shim lets the script go when this is over, or whoever is in it has died. OSError before it begins."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
     def holder(self) -> Optional[int]:
         """The pid of the shim that holds the run.
 
