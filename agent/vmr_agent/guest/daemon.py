@@ -93,6 +93,7 @@ class Daemon:
         self._milestones = (False, False)
         self._next_idle = self._next_full = 0.0
         self._idled = 0.0
+        self._children = True  # some may have ended
         # What could not be noted in the state directory is tried again: runs that could not begin, what was seen
         # change and go, and, by a session that begins anew, what the host said.
         self._next_retry: Optional[float] = None
@@ -110,7 +111,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop())
         signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake the loop
-        self._on_read(wake_read, lambda: os.read(wake_read, 4096))
+        self._on_read(wake_read, lambda: self._woken(wake_read))
         self._on_read(self._kicks, self.take_kicks)
         self._on_read(self._verbs, self._verbs.accept)
         self._on_read(self._files, self._send_file_replies)
@@ -158,12 +159,14 @@ class Daemon:
 
     def take_kicks(self) -> None:
         """Take what shims say: there is something new of a run."""
-        kicked = set()
+        kicked: dict[bytes, bool] = {}
         with suppress(BlockingIOError):
             for _ in range(1000):
-                kicked.add(self._kicks.recv(64))
-        for run_id in kicked:
-            self._supervisor.kicked(run_id)
+                said = self._kicks.recv(64)
+                run_id = said[:16]
+                kicked[run_id] = kicked.get(run_id, False) or said == run_id
+        for run_id, more in kicked.items():
+            self._supervisor.kicked(run_id, only_output=not more)
 
     def _on_read(self, source: Any, act: Callable[[], Any]) -> None:
         self._selector.register(source, selectors.EVENT_READ, act)
@@ -190,6 +193,10 @@ class Daemon:
             self._next_retry = now + _RETRY
         self._next_idle = max(self._next_idle, self._next_retry)
 
+    def _woken(self, wake: int) -> None:
+        os.read(wake, 4096)
+        self._children = True
+
     def _stop(self) -> None:
         self._stopping = True
 
@@ -215,7 +222,9 @@ class Daemon:
             if self._unheeded:
                 self._unheeded = False
                 self._link.renew("something in it could not be done")
-        self._supervisor.reap()
+        if self._children or idle:
+            self._children = False
+            self._supervisor.reap()
         if idle or again or self._supervisor.watcher.due(now):
             self._try(self._scan, now, full)
         if idle:

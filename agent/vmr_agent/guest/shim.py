@@ -31,6 +31,7 @@ SYNC_S = 1.0  # from a byte's capture to the sync that takes it, or the end of o
 RETRY_S = 0.2  # while blocked
 KICK_RETRY_S = 0.005  # the daemon's queue holds 10 datagrams by default
 LAST_SYNC_S = 30.0  # how long an end waits for a disk that fails to take the bytes it counts
+OUTPUT = b"o"  # behind the run id, where a kick tells of nothing else
 LAST_KICK_S = 2.0  # the end is worth some patience: unheard, it waits for the daemon's next look
 ETXTBSY_S = 5.0  # how long the script may stay open for writing
 CHECK_S, CHECK_BYTES = 0.25, 1024 * 1024  # how often free space is looked at: whichever comes first
@@ -205,7 +206,7 @@ class Shim:
         self.attempt = int(attempt)
         self.boot_id = boot_id.decode()
         self.kicks = kicks
-        self.kick_owed = False
+        self.kick_owed: bytes | None = None  # OUTPUT, or empty where more than that is to be told
         self.buffer = memoryview(mmap.mmap(-1, READ))  # takes memory only as far as reads fill it
         self.record_at = -RECORD.size  # where the index's last record lies
         self.record = (0, 0, 0, 0)
@@ -405,8 +406,8 @@ class Shim:
             self._take_sync_failure()  # behind _try_again(): that it is blocked is to stand for a while
             if self.sync_due and time.monotonic() >= self.sync_due and not self.syncing.locked():
                 self._sync_apart()
-            if self.kick_owed:
-                self._kick()
+            if self.kick_owed is not None:
+                self._kick(self.kick_owed)
         self._await_sync()
         if self.sync_due:
             self.syncing.acquire()
@@ -419,9 +420,9 @@ class Shim:
         if self.gaps >= 0 and not self.next_gap:
             _remove("gaps")
         give_up = time.monotonic() + LAST_KICK_S
-        while self.kick_owed and time.monotonic() < give_up:
+        while self.kick_owed is not None and time.monotonic() < give_up:
             time.sleep(KICK_RETRY_S)
-            self._kick()
+            self._kick(self.kick_owed)
 
     def _timeout(self) -> float | None:
         waits = []
@@ -431,7 +432,7 @@ class Shim:
             waits.append(RETRY_S)
         elif self.dropping:
             waits.append(max(0.0, self.check_due - time.monotonic()))
-        if self.kick_owed:
+        if self.kick_owed is not None:
             waits.append(KICK_RETRY_S)
         return min(waits) * 1000 + 1 if waits else None
 
@@ -451,7 +452,7 @@ class Shim:
             self.sync_due = now + SYNC_S
         if now >= self.check_due or (self.unchecked >= CHECK_BYTES and not self.dropping):
             self._check_space()
-        self._kick()
+        self._kick(OUTPUT)
         return count
 
     def _put(self, stream: Stream, data: memoryview, wall_ns: int) -> None:
@@ -588,6 +589,7 @@ class Shim:
             with self.syncing:
                 stream.sync()
             stream.noted = True
+            self._kick()
         os.ftruncate(stream.file, stream.spooled + count)
         stream.spooled += count
         stream.dirty = True
@@ -734,12 +736,15 @@ class Shim:
                 time.sleep(RETRY_S)
         self._kick()
 
-    def _kick(self) -> None:
-        self.kick_owed = False
+    def _kick(self, news: bytes = b"") -> None:
+        """Tell the daemon that there is something new: OUTPUT alone, or it looks at all there is."""
+        if self.kick_owed is not None:
+            news = min(news, self.kick_owed)
+        self.kick_owed = None
         try:
-            self.kicks.sendto(self.run_id, self.kick_path)
+            self.kicks.sendto(self.run_id + news, self.kick_path)
         except BlockingIOError:
-            self.kick_owed = True
+            self.kick_owed = news
         except OSError:
             pass  # no daemon; it reads everything when it comes
 

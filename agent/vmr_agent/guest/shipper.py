@@ -38,6 +38,8 @@ class _Delivery:
         # As last looked at: bytes spooled, and whether some of them may have been dropped.
         self.spooled = {Stream.STDOUT: 0, Stream.STDERR: 0}
         self.gaps = True
+        self.more = False
+        """Whether there may be more to say than what was said last, and that nobody will tell of."""
         self.forget_session()
 
     def forget_session(self) -> None:
@@ -51,9 +53,9 @@ class _Delivery:
         return sum(self.sent.values()) - sum(self.acked.values())
 
     @property
-    def plenty(self) -> bool:
-        """Whether what was last seen fills more than a frame: then there is no need to look again before one."""
-        return max(there - sent for there, sent in zip(self.spooled.values(), self.sent.values())) > _CHUNK
+    def left(self) -> int:
+        """Bytes of the longer stream that were last seen and are not sent."""
+        return max(there - sent for there, sent in zip(self.spooled.values(), self.sent.values()))
 
     def look(self) -> None:
         # In this order: what is dropped is noted before it makes a file longer.
@@ -153,6 +155,7 @@ class Shipper:
             delivery.answered = True
             delivery.acked, delivery.sent = held, dict(held)  # nothing of it is in flight yet
             delivery.state = state
+            self.touch(ack.run)
         else:
             # Within a session a host takes nothing back and holds no more than was sent: what else it says is a
             # mistake, which must not cost a byte.
@@ -168,7 +171,6 @@ class Shipper:
             self._in_flight -= delivery.in_flight
             del self._deliveries[ack.run]
             return delivery.run
-        self.touch(ack.run)
         return None
 
     def next(self, session: Session) -> list[bytes]:
@@ -201,7 +203,8 @@ class Shipper:
                 continue
             frames = self._frames(delivery, session)
             if frames:
-                self.touch(run_id)
+                if delivery.more:
+                    self.touch(run_id)
                 return frames
         return []
 
@@ -211,19 +214,25 @@ class Shipper:
             announcement = self._announcement(run)
             if announcement is None:
                 return []
-            delivery.announced = True
+            delivery.announced, delivery.more = True, False
             return [session.frame(announcement)]
         if not delivery.answered:
             return []
         closed = result = None
-        if not delivery.plenty:
+        look = delivery.left <= _CHUNK  # else there is no need to before a frame
+        if look:
             # The order matters: what the exit counted is on disk before the exit record is, and the final bytes
             # before `closed` is; so read the records first, the lengths after.
-            closed = run.closed() if delivery.told < RunState.CLOSED else None
-            result = run.result() if delivery.told < RunState.EXITED else None
+            if delivery.told < RunState.EXITED:
+                result, closed = run.ends()
+            elif delivery.told < RunState.CLOSED:
+                closed = run.closed()
             delivery.look()
+        delivery.more = True
         output = self._output(delivery, session)
         if output:
+            # What came since the look a kick tells of.
+            delivery.more = not look or closed is not None or result is not None or delivery.left > 0
             return output
         if result is not None:
             counted = {Stream.STDOUT: result.stdout, Stream.STDERR: result.stderr}

@@ -294,6 +294,11 @@ class Run:
         self._read_closed()
         return self._closed[0] if self._closed else None
 
+    def ends(self) -> tuple[Optional[RunResult], Optional[Lengths]]:
+        """:meth:`result` and :meth:`closed`, by one look at a run that is not over."""
+        self._read_closed()
+        return self._exit[0] if self._exit else None, self._closed[0] if self._closed else None
+
     def close_reason(self) -> str:
         """Why it counts as closed although nobody saw the end of its pipes; empty when they ended."""
         self._read_closed()

@@ -210,12 +210,13 @@ class Supervisor:
         for run in list(self.live.values()):
             self._judge(run)
 
-    def kicked(self, run_id: RunId) -> None:
+    def kicked(self, run_id: RunId, *, only_output: bool) -> None:
         """A shim says that there is something new."""
         self._shipper.touch(run_id)
         run = self.live.get(run_id)
         if run is not None:
-            self._settle(run)
+            if not only_output:
+                self._settle(run)
             self._news.add((News.OUTPUT, run_id))
 
     def delivered_whole(self, run: Run) -> None:
@@ -537,7 +538,8 @@ class Supervisor:
     def _settle(self, run: Run) -> None:
         """Act on what a run's directory says now. Harmless when it says nothing new."""
         entry = self.roster.get(run.info.vmr)
-        if run.result() is not None and entry is not None and run.info.run in entry.unfinished:
+        result, closed = run.ends()
+        if result is not None and entry is not None and run.info.run in entry.unfinished:
             self.roster.exited(run)
             self._since = max(self._since, machine.boottime())
             self._undecided = True
@@ -545,7 +547,7 @@ class Supervisor:
                 self._look_for_edits(entry, run)
             self._news.add((News.EXITED, run.info.run))
         self._rows.add(run.info.vmr)
-        if run.closed() is not None:
+        if closed is not None:
             self.live.pop(run.info.run, None)
             self._shipper.touch(run.info.run)
 
