@@ -268,6 +268,13 @@ class ShimProcess(Process):
         if self.script is not None and not self.script.executes:
             self.script.look()
 
+    def flock(self, fd: int, how: int) -> None:
+        while True:
+            try:
+                return super().flock(fd, how)
+            except BlockingIOError:
+                self.shim.pause(0.001)  # whoever holds it works, or dies
+
     def child_ended(self, pid: int, status: int) -> None:
         self.zombies.append((pid, status))
         opened = self.fds.get(self.wakeup_fd)

@@ -612,10 +612,12 @@ class Process:
     def flock(self, fd: int, how: int) -> None:
         self.enter()
         opened = self._fd(fd)
-        assert isinstance(opened.node, File)
+        assert isinstance(opened.node, (File, Directory))
         holder = self.locks.flocks.get(opened.node.ino)
         if holder is not None and holder is not opened:
             raise BlockingIOError(errno.EWOULDBLOCK, "locked")
+        if how & real_fcntl.LOCK_SH:
+            return  # who shares one lets it go at once
         self.locks.flocks[opened.node.ino] = opened
         opened.locks = True
 
