@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sim.mutants import MUTANTS
+from tests.sim.mutants import MUTANTS, Mutant, broken
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 1_000
@@ -59,6 +59,12 @@ def test_many_histories() -> None:
 def test_a_seed_makes_the_same_history_each_time() -> None:
     first, second = (simulate("7").communicate()[0] for _ in range(2))
     assert first == second and len(first.splitlines()) > 20
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
+def test_a_guarantee_can_be_broken(mutant: Mutant) -> None:
+    """Those that take long to find are rarely tried: that the code they break has changed is to be seen at once."""
+    compile(broken(mutant), mutant.place, "exec")
 
 
 def find(name: str) -> None:
