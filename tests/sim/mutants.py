@@ -48,7 +48,8 @@ MUTANTS: dict[str, Mutant] = {
     # Not found in thousands of histories, for each needs two rare things in one moment, and so not here: no sync at an
     # end that a failed sync held up, a new life before its links are durable, a gap before what is below it is, runs
     # that a failing disk kept from being followed, a row before the journal has its run, dropping that begins beside a
-    # sync, of which two one is told that the disk fails. A gap without its hole: test_logstore.py.
+    # sync, of which two one is told that the disk fails, a note of what is pruned that no sync has seen. A gap without
+    # its hole: test_logstore.py.
     # the guest's disk
     "a script runs before its start is synced": Mutant(shim, "Shim._fork", "os.fsync(fd)", "pass"),
     "a script runs before its start's names are synced": Mutant(
@@ -84,7 +85,12 @@ MUTANTS: dict[str, Mutant] = {
         shim, "Shim.run", "except OSError:\n        return", "except OSError:\n        pass", 400
     ),
     "a shim starts what was started": Mutant(
-        shim, "Shim.run", 'if os.path.lexists("started")', 'if False and os.path.lexists("started")', 2000
+        shim,
+        "Shim.run",
+        'if os.path.lexists("started")',
+        'if False and os.path.lexists("started")',
+        20_000,
+        lambda plan: plan.traps["shim"] or "kill shim" in plan.faults,
     ),
     "the daemon's records are not synced": Mutant(spool, "_write_durably", "os.fsync(fd)", "pass"),
     "the names of the daemon's records are not synced": Mutant(
@@ -103,14 +109,6 @@ MUTANTS: dict[str, Mutant] = {
     "bytes are pruned that the host has not": Mutant(spool, "Run.prune", "(held - tail)", "(held + tail)"),
     "bytes are pruned before that is noted": Mutant(
         spool, "Run._note_pruned", "_sync(self.path)", "pass", 20_000, _fills
-    ),
-    "a note of what is pruned is believed that no sync has seen": Mutant(
-        spool,
-        "Run._note_pruned",
-        "upto == self._noted",
-        "upto == self._pruned()",
-        20_000,
-        lambda plan: plan.spool_limit and "guest sync fails" in plan.faults and "power cut" in plan.faults,
     ),
     "tails stay for ever": Mutant(
         spool, "Spool._prune", "self._prune_settled(excess, tails=True)", "pass", needs=_fills
