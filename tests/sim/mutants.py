@@ -173,7 +173,7 @@ MUTANTS: dict[str, Mutant] = {
     "a damaged frame passes": Mutant(
         framing,
         "Decoder._parse",
-        "if zlib.crc32(view[at + HEADER.size : stop]) != crc:",
+        "if zlib.crc32(payload) != crc:",
         "if False:",
         2000,
         _with("damage"),

@@ -276,6 +276,67 @@ def test_output_head_means_what_pack_means(
     assert len(head) == messages.OUTPUT_HEAD + messages.OUTPUT_MARK * len(marks)
 
 
+def slowly(payload: bytes) -> Any:
+    """What comes of a payload read key by key."""
+    quick = messages._unpack_output
+    messages._unpack_output = lambda _: None
+    try:
+        return outcome(payload)
+    finally:
+        messages._unpack_output = quick
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 9), st.sampled_from((0, 1, MAX_INT, MAX_INT + 1))), max_size=3),
+    n=st.sampled_from((0, 7, MAX_INT, MAX_INT + 1)),
+    offset=st.sampled_from((0, 2**32, MAX_INT, MAX_INT + 1)),
+    more=st.booleans(),
+    length=st.integers(-2, 2),
+    damage=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=2),
+    cut=st.integers(0, 3),
+)
+def test_an_output_read_at_once_is_what_it_is_key_by_key(
+    sizes: list[tuple[int, int]],
+    n: int,
+    offset: int,
+    more: bool,
+    length: int,
+    damage: list[tuple[int, int]],
+    cut: int,
+) -> None:
+    content = b"x" * sum(size for size, _ in sizes)
+    said = max(0, len(content) + length)
+    payload = bytearray(output_head(RUN, 1, offset, more, tuple(sizes), said, to=TO, n=n) + content)
+    for at, byte in damage:
+        payload[at % len(payload)] = byte
+    whole = bytes(payload[: len(payload) - cut])
+    got, expected = outcome(whole), slowly(whole)
+    assert got == expected or (type(got), str(got)) == (type(expected), str(expected))
+
+
+def test_what_fits_no_output_is_judged_key_by_key() -> None:
+    """Longer than any frame, or with more marks than any array."""
+    for marks, data in ((((70_000, 1),), bytes(70_000)), (((0, 1),) * (MAX_MARKS + 1), b"")):
+        payload = output_head(RUN, 1, 0, False, marks, len(data) % 65_536, to=TO, n=0) + data
+        assert isinstance(outcome(payload), Malformed)
+
+
+def test_an_ack_packed_at_once_is_what_it_is_key_by_key() -> None:
+    for state, stdout in ((0, 0), (3, MAX_INT), (127, 1), (128, 1), (2**40, 5)):
+        ack = Ack(RUN, state, stdout, 7)
+        assert unpack(pack(ack, to=TO, n=MAX_INT)) == Envelope(ack, TO, MAX_INT)
+        assert rows(pack(ack, to=TO, n=1)) == {
+            **{"type": "ack", "to": TO, "n": 1, "run": RUN, "state": state},
+            **{"stdout": stdout, "stderr": 7, "tails": None},
+        }
+    for bad in (Ack(b"", 0, 0, 0), Ack(RUN, -1, 0, 0), Ack(RUN, 0, MAX_INT + 1, 0), Ack(RUN, 0, True, 0)):
+        with pytest.raises(Malformed):
+            pack(bad, to=TO, n=0)
+    with pytest.raises(Malformed):
+        pack(Ack(RUN, 0, 0, 0), to=b"short", n=0)
+
+
 def test_the_fullest_output_frames() -> None:
     """One read alone, and as many reads of a byte each as a frame has room for: fewer than MAX_MARKS."""
     room = framing.MAX_PAYLOAD - messages.OUTPUT_HEAD

@@ -62,7 +62,6 @@ class Decoder:
 
     def _parse(self, buffer: bytes, expired: bool) -> list[Union[bytes, Garbage]]:
         found: list[Union[bytes, Garbage]] = []
-        view = memoryview(buffer)
         end = len(buffer)
         at = skipped = 0
         if expired and buffer:
@@ -81,13 +80,14 @@ class Decoder:
                 continue
             if stop > end:
                 break
-            if zlib.crc32(view[at + HEADER.size : stop]) != crc:
+            payload = buffer[at + HEADER.size : stop]
+            if zlib.crc32(payload) != crc:
                 at, skipped = at + 1, skipped + 1
                 continue
             if skipped:
                 found.append(Garbage(skipped))
                 skipped = 0
-            found.append(buffer[at + HEADER.size : stop])
+            found.append(payload)
             at = stop
         if skipped:
             found.append(Garbage(skipped))

@@ -322,29 +322,34 @@ def pack(message: Message, *, to: bytes = b"", n: int = -1) -> bytes:
     cls = type(message)
     if cls is Unknown:
         raise Malformed("an unknown message can't be packed")
+    if cls is Ack:
+        quick = _pack_ack(message, to, n)
+        if quick is not None:
+            return quick
     payload: dict[str, Any] = {"type": cls.__name__.lower()}
     if cls is not Hello:
         if not _bin8(to) or not _uint(n):
             raise Malformed(f"{payload['type']}: no to or n")
         payload["to"] = to
         payload["n"] = n
-    for name, kind, optional, check in FIELDS[cls]:
-        value = getattr(message, name)
-        try:
-            if kind in ("marks", "tails") and value is not None:
-                value = tuple(map(tuple, value))
-            elif kind == "map" and value is not None:
-                value = dict(value)
-        except (TypeError, ValueError):
-            raise Malformed(f"{payload['type']}: {name} is no {kind}") from None
-        if value is None and optional:
-            payload[name] = None
-        elif check(value):
-            payload[name] = value
-        else:
-            raise Malformed(f"{payload['type']}: {name} is no {kind}")
+    for (name, kind, optional, check), value in zip(FIELDS[cls], message):
+        if not check(value) and not (value is None and optional):
+            value = _made(kind, value)
+            if not check(value):
+                raise Malformed(f"{payload['type']}: {name} is no {kind}")
+        payload[name] = value
     packed: bytes = msgpack.packb(payload, use_bin_type=True)
     return packed
+
+
+def _made(kind: str, value: Any) -> Any:
+    """What was meant for this kind, made into what it is on the wire: a list for a tuple, any mapping for a dict."""
+    try:
+        if kind in ("marks", "tails"):
+            return tuple(map(tuple, value))
+        return dict(value) if kind == "map" else None
+    except (TypeError, ValueError):
+        return None
 
 
 def unpack(payload: bytes) -> Envelope:
@@ -352,6 +357,10 @@ def unpack(payload: bytes) -> Envelope:
 
     Raises :class:`MalformedMessage` where ``to`` and ``n`` could still be read: that frame used up its ``n``.
     """
+    if payload.startswith(_OUTPUT_START):
+        envelope = _unpack_output(payload)
+        if envelope is not None:
+            return envelope
     try:
         row = msgpack.unpackb(
             payload,
@@ -404,6 +413,15 @@ class MalformedMessage(Malformed):
 # of nine, 0xA? a short str, C4 bin 8, C5 bin 16, CF uint 64, DC array 16, 92 an array of two.
 _OUTPUT = struct.Struct(">18s8s3sQ6s16s7sB8sQ5ss7sH")
 _OUTPUT_START = b"\x89\xa4type\xa6output\xa2to\xc4\x08"
+_OUTPUT_KEYS = (
+    b"\xa1n\xcf",
+    b"\xa3run\xc4\x10",
+    b"\xa6stream",
+    b"\xa6offset\xcf",
+    b"\xa4more",
+    b"\xa5marks\xdc",
+)
+_BOOLS = (b"\xc2", b"\xc3")
 _MARK = struct.Struct(">BBIBQ")
 
 
@@ -429,6 +447,67 @@ def output_head(
     )
     packed_marks = [_MARK.pack(0x92, 0xCE, size, 0xCF, wall) for size, wall in marks]
     return b"".join((head, *packed_marks, b"\xa4data\xc5", length.to_bytes(2, "big")))
+
+
+# An Ack without tails, one for each VM and sweep, likewise.
+_ACK = struct.Struct(">15s8s3sQ6s16s6sB8sQ8sQ7s")
+
+
+def _pack_ack(message: Any, to: bytes, n: int) -> Optional[bytes]:
+    """None for what :func:`pack` is to look at."""
+    run, state, stdout, stderr, tails = message
+    if (
+        tails is not None
+        or not (_bin8(to) and _bin16(run) and _uint(n) and _uint(state) and _uint(stdout) and _uint(stderr))
+        or state > 0x7F
+    ):
+        return None
+    return _ACK.pack(
+        b"\x88\xa4type\xa3ack\xa2to\xc4\x08",
+        to,
+        b"\xa1n\xcf",
+        n,
+        b"\xa3run\xc4\x10",
+        run,
+        b"\xa5state",
+        state,
+        b"\xa6stdout\xcf",
+        stdout,
+        b"\xa6stderr\xcf",
+        stderr,
+        b"\xa5tails\xc0",
+    )
+
+
+def _unpack_output(payload: bytes) -> Optional[Envelope]:
+    """An Output packed as :func:`output_head` does; None for whatever else it is, which is judged key by key."""
+    if len(payload) < OUTPUT_HEAD:
+        return None
+    # fmt: off
+    _, to, n_key, n, run_key, run, stream_key, stream, offset_key, offset, more_key, more, marks_key, count = (
+        _OUTPUT.unpack_from(payload)
+    )
+    # fmt: on
+    at = _OUTPUT.size + count * _MARK.size
+    data = payload[at + 8 :]
+    if (
+        (n_key, run_key, stream_key, offset_key, more_key, marks_key) != _OUTPUT_KEYS
+        or more not in _BOOLS
+        or n > MAX_INT
+        or stream > 0x7F
+        or offset > MAX_INT
+        or count > MAX_MARKS
+        or payload[at : at + 6] != b"\xa4data\xc5"
+        or int.from_bytes(payload[at + 6 : at + 8], "big") != len(payload) - at - 8
+        or len(data) > MAX_BIN
+    ):
+        return None
+    marks = []
+    for array, size_type, size, wall_type, wall in _MARK.iter_unpack(payload[_OUTPUT.size : at]):
+        if array != 0x92 or size_type != 0xCE or wall_type != 0xCF or wall > MAX_INT:
+            return None
+        marks.append((size, wall))
+    return Envelope(Output(run, stream, offset, more == b"\xc3", tuple(marks), data), to, n)
 
 
 OUTPUT_HEAD = len(output_head(bytes(16), 1, 0, False, (), 0, to=bytes(8), n=0))
