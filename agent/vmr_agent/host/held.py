@@ -56,7 +56,10 @@ class HeldRun:
         """Bytes that it keeps in memory, about."""
         self.label = (message.vmr, message.attempt)
         self.path = run_path(message.vmr, message.attempt)
-        self.streams = {stream: HeldStream(f"{self.path}/{stream.filename}") for stream in Stream}
+        self.streams: dict[int, HeldStream] = {
+            stream: HeldStream(f"{self.path}/{stream.filename}") for stream in Stream
+        }
+        self.stdout, self.stderr = self.streams.values()
 
     def take_exit(self, message: messages.Exit) -> int:
         """Returns by how much :attr:`size` grew."""

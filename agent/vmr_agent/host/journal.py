@@ -38,6 +38,7 @@ FRAME = struct.Struct("<II")
 LIFE = struct.Struct("<I16sq")
 TIME = struct.Struct("<q")
 OUTPUT = struct.Struct("<16sBQIQI")
+_OUTPUT_BODY = struct.Struct("<B16sBQIQI")
 FLUSH = struct.Struct("<16sB")
 MARK = struct.Struct("<Q")
 
@@ -49,6 +50,12 @@ class Kind:
 def pack_record(kind: int, content: bytes) -> bytes:
     body = bytes((kind,)) + content
     return FRAME.pack(len(body), zlib.crc32(body)) + body
+
+
+def pack_output(run: bytes, stream: int, offset: int, length: int, wall: int, crc: int) -> bytes:
+    """A record of output, whole: there is one for each line that comes alone."""
+    body = _OUTPUT_BODY.pack(Kind.OUTPUT, run, stream, offset, length, wall, crc)
+    return FRAME.pack(_OUTPUT_BODY.size, zlib.crc32(body)) + body
 
 
 def records(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -179,10 +186,11 @@ def commit_temporary(directory: int, name: str) -> None:
 
 
 def write_all(fd: int, data: Union[bytes, bytearray, memoryview], offset: Optional[int] = None) -> None:
-    rest = memoryview(data)
-    while rest:
-        written = os.write(fd, rest) if offset is None else os.pwrite(fd, rest, offset)
-        rest = rest[written:]
+    while data:
+        written = os.write(fd, data) if offset is None else os.pwrite(fd, data, offset)
+        if written == len(data):
+            return
+        data = memoryview(data)[written:]
         if offset is not None:
             offset += written
 

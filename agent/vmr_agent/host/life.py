@@ -16,7 +16,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Optional
 
 from vmr_agent.errors import show
 from vmr_agent.host.held import STATES, HeldRun, HeldStream, from_hex, pack, to_hex
@@ -31,6 +31,7 @@ from vmr_agent.host.journal import (
     TIME,
     Kind,
     open_read,
+    pack_output,
     pack_record,
     read_file,
     read_records,
@@ -72,25 +73,42 @@ class Diverged(Exception):
     """The guest contradicts what is held: it went back in time. The caller sends the request ``diverged``."""
 
 
-class _Snapshot(NamedTuple):
-    """What an Ack will say of a run."""
+_Snapshot = tuple[HeldRun, RunState, int, int]
+"""What an Ack will say of a run: its state, the bytes of stdout and of stderr."""
 
-    run: HeldRun
-    state: RunState
-    stdout: int
-    stderr: int
+
+class Directory:
+    """A life's, open until the last who holds it lets it go: a sync may be longer at it than its life."""
+
+    __slots__ = ("_holders", "device", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.device = os.fstat(fd).st_dev
+        self._holders = 1
+
+    def hold(self) -> Directory:
+        self._holders += 1
+        return self
+
+    def let_go(self) -> None:
+        self._holders -= 1
+        if not self._holders:
+            os.close(self.fd)
 
 
 class Sync:
     """What ``begin_sync`` found to do.
 
-    A thread may work on it while the loop goes on: it opens every file anew by its name below its own
-    descriptor of the life's directory, so no closing or renaming in the loop can mix them up.
+    A thread may work on it while the loop goes on: it opens every file anew by its name below the life's directory,
+    which it holds, so no closing or renaming in the loop can mix them up.
     """
 
-    def __init__(self, log_dir: int, life: int, files: set[str], directories: set[str], covers: int) -> None:
-        self.log_dir = os.dup(log_dir)
-        self.life = os.dup(life)
+    def __init__(
+        self, log_dir: int, life: Directory, files: set[str], directories: set[str], covers: int
+    ) -> None:
+        self.log_dir = os.dup(log_dir) if ".." in directories else -1
+        self.life = life.hold()
         self.files = files
         self.directories = directories
         self.covers = covers
@@ -119,7 +137,7 @@ class Sync:
         if name == "..":
             sync(self.log_dir)
             return
-        fd = os.open(name, flags | NO_LINK, dir_fd=self.life)
+        fd = os.open(name, flags | NO_LINK, dir_fd=self.life.fd)
         try:
             sync(fd)
         finally:
@@ -129,8 +147,9 @@ class Sync:
         return len(self.files) + len(self.directories)
 
     def close(self) -> None:
-        os.close(self.log_dir)
-        os.close(self.life)
+        if self.log_dir >= 0:
+            os.close(self.log_dir)
+        self.life.let_go()
 
 
 class Life:
@@ -147,6 +166,7 @@ class Life:
         self.unsynced = 0
         self.unfinished: set[tuple[bytes, int]] = set()
         self._directory = directory
+        self._held_directory = Directory(directory)
         self._log = log
         self._quota = quota
         self._journal = -1
@@ -175,16 +195,21 @@ class Life:
         self._quota.add(3 * BLOCK)
 
     def close(self) -> None:
-        for fd in (*self._open.values(), self._journal, self._directory):
+        if self._directory < 0:
+            return
+        for fd in (*self._open.values(), self._journal):
             if fd >= 0:
                 os.close(fd)
+        self._held_directory.let_go()
         self._open.clear()
         self._journal = self._directory = -1
 
     # --- the journal
 
     def append(self, kind: int, content: bytes) -> None:
-        record = pack_record(kind, content)
+        self._append(pack_record(kind, content))
+
+    def _append(self, record: bytes) -> None:
         self._waiting += record
         self._quota.add(len(record))
         self._since_checkpoint += 1
@@ -207,11 +232,8 @@ class Life:
 
     def begin_sync(self, log_dir: int, *, checkpoint: bool = False) -> Sync:
         self._write_waiting()
-        sync = Sync(log_dir, self._directory, self.files, self.directories, self._size)
-        sync.held = [
-            _Snapshot(run, run.state, run.streams[Stream.STDOUT].held, run.streams[Stream.STDERR].held)
-            for run in self._touched.values()
-        ]
+        sync = Sync(log_dir, self._held_directory, self.files, self.directories, self._size)
+        sync.held = [(run, run.state, run.stdout.held, run.stderr.held) for run in self._touched.values()]
         # As long as what it says, so that a long history is not written out again and again.
         if checkpoint or self._since_checkpoint >= max(CHECKPOINT_RECORDS, len(self._labels)):
             self._since_checkpoint = 0
@@ -223,7 +245,7 @@ class Life:
         """What it was to do is to be done by the next."""
         self.files |= sync.files
         self.directories |= sync.directories
-        self._touched.update((each.run.message.run, each.run) for each in sync.held)
+        self._touched.update((run.message.run, run) for run, _, _, _ in sync.held)
 
     def finish_sync(self, sync: Sync) -> list[messages.Ack]:
         self._waiting += pack_record(Kind.MARK, MARK.pack(sync.covers))
@@ -233,8 +255,7 @@ class Life:
         acks = []
         for run, state, stdout, stderr in sync.held:
             run.durable = state
-            run.streams[Stream.STDOUT].durable = stdout
-            run.streams[Stream.STDERR].durable = stderr
+            run.stdout.durable, run.stderr.durable = stdout, stderr
             if state is RunState.CLOSED:
                 self._finish(run)
             acks.append(messages.Ack(run.message.run, int(state), stdout, stderr))
@@ -434,7 +455,8 @@ class Life:
     def _replay(self, kind: int, content: bytes) -> None:
         if kind == Kind.OUTPUT:
             run_id, number, offset, length, _, _ = OUTPUT.unpack(content)
-            self._apply_output(self._runs[run_id], Stream(number), offset + length, unfinished=True)
+            run = self._runs[run_id]
+            self._apply_output(run, number, run.streams[number], offset + length, unfinished=True)
         elif kind == Kind.FLUSH:
             run_id, number = FLUSH.unpack(content)
             self._apply_flush(self._runs[run_id], Stream(number))
@@ -526,27 +548,26 @@ class Life:
         return messages.Ack(message.run, int(RunState.NONE), 0, 0, ((0, 0), (0, 0)))
 
     def output(self, message: messages.Output) -> None:
-        run = self._known(message.run)
+        run_id, stream, offset, more, marks, data = message
+        run = self._runs.get(run_id) or self._known(run_id)
         if run is None:
             return
-        stream = _stream(message.stream)
-        held = run.streams[stream]
-        data, marks, offset = memoryview(message.data), message.marks, message.offset
+        held = _stream(run, stream)
         end = offset + len(data)
         if offset > held.held:
             raise BadGuest(f"a hole in {held.name}: byte {offset} where {held.held} was due")
-        if sum(length for length, _ in marks) != len(data):
+        if sum([length for length, _ in marks]) != len(data):
             raise BadGuest("marks that do not add up to the data")
-        if held.held > offset:  # sent again; only what is new counts
+        if offset < held.held:  # sent again; only what is new counts
             known = min(held.held, end) - offset
             self._compare(held, offset, data[:known])
             data, marks, offset = data[known:], _behind(marks, known), offset + known
-        held.more = message.more
+        held.more = more
         if not data:
             self._note_unfinished(run, stream, held)
             # It may have become durable after this session's first Ack of the run, before the guest had sent it:
             # unless it is acknowledged again now it stays in flight there, and in the end fills the window.
-            self._touched[message.run] = run
+            self._touched[run_id] = run
             return
         self._allow(run, end)
         if self._quota.over:
@@ -554,28 +575,26 @@ class Life:
         write_all(self._raw(held), data, offset)
         begin = at = 0
         begun = marks[0][1]
-        for length, wall in marks:
+        for length, wall in marks if len(marks) > 1 else ():
             # The renderer stamps each record once, so a record stays within one second of the logs' clock.
             if at > begin and (wall + self._skew) // _SECOND != (begun + self._skew) // _SECOND:
-                self._append_output(run, stream, offset + begin, data[begin:at], begun)
+                self._append_output(run_id, stream, offset + begin, data[begin:at], begun)
                 begin, begun = at, wall
             at += length
-        self._append_output(run, stream, offset + begin, data[begin:], begun)
+        self._append_output(run_id, stream, offset + begin, data[begin:], begun)
         where = (self.number, self._size + len(self._waiting))
         self._quota.add_output(data, len(run.message.vmr), where)
         self.unsynced += len(data)
-        self._apply_output(run, stream, end, unfinished=data[-1] != 0x0A)
+        self._apply_output(run, stream, held, end, unfinished=data[-1] != 0x0A)
 
-    def _append_output(self, run: HeldRun, stream: Stream, offset: int, data: memoryview, wall: int) -> None:
-        content = OUTPUT.pack(run.message.run, stream, offset, len(data), wall, zlib.crc32(data))
-        self.append(Kind.OUTPUT, content)
+    def _append_output(self, run: bytes, stream: int, offset: int, data: bytes, wall: int) -> None:
+        self._append(pack_output(run, stream, offset, len(data), wall, zlib.crc32(data)))
 
     def gap(self, message: messages.Gap) -> None:
         run = self._known(message.run)
         if run is None:
             return
-        stream = _stream(message.stream)
-        held, end = run.streams[stream], message.offset + message.length
+        held, end = _stream(run, message.stream), message.offset + message.length
         if message.offset > held.held:
             raise BadGuest(f"a hole in {held.name}: a gap at {message.offset}, not {held.held}")
         if end <= held.held:
@@ -671,8 +690,9 @@ class Life:
         self._labels[run.label] = run.message.run
         self._touched[run.message.run] = run
 
-    def _apply_output(self, run: HeldRun, stream: Stream, end: int, *, unfinished: bool) -> None:
-        held = run.streams[stream]
+    def _apply_output(
+        self, run: HeldRun, stream: int, held: HeldStream, end: int, *, unfinished: bool
+    ) -> None:
         held.held = end
         held.unfinished = unfinished
         self._note_unfinished(run, stream, held)
@@ -685,13 +705,12 @@ class Life:
         self._note_unfinished(run, stream, held)
 
     def _apply_gap(self, run: HeldRun, message: messages.Gap) -> None:
-        stream = Stream(message.stream)
-        held = run.streams[stream]
+        held = run.streams[message.stream]
         held.held = held.gap_end = message.offset + message.length
         run.missing += message.length
         if len(run.gaps) < MAX_GAPS_LISTED and self._held < MAX_HELD // 2:
             self._held += run.list_gap(run.gap_row(message, self._skew))
-        self._apply_output(run, stream, held.held, unfinished=False)
+        self._apply_output(run, message.stream, held, held.held, unfinished=False)
 
     def _apply_exit(self, run: HeldRun, message: messages.Exit) -> None:
         self._held += run.take_exit(message)
@@ -709,16 +728,16 @@ class Life:
         for stream in Stream:
             self._apply_flush(run, stream)
 
-    def _note_unfinished(self, run: HeldRun, stream: Stream, held: HeldStream) -> None:
+    def _note_unfinished(self, run: HeldRun, stream: int, held: HeldStream) -> None:
         if held.unfinished and not held.more:
             self.unfinished.add((run.message.run, int(stream)))
-        else:
+        elif self.unfinished:
             self.unfinished.discard((run.message.run, int(stream)))
 
     # --- Acks in answer to Run
 
     def _ack(self, run: HeldRun) -> messages.Ack:
-        out, err = (run.streams[stream] for stream in Stream)
+        out, err = run.stdout, run.stderr
         tails = tuple(
             self._tail(held.name, held.durable, min(held.gap_end, held.durable))
             for held in run.streams.values()
@@ -755,7 +774,7 @@ class Life:
 
     # --- files
 
-    def _compare(self, held: HeldStream, offset: int, data: memoryview) -> None:
+    def _compare(self, held: HeldStream, offset: int, data: bytes) -> None:
         begin = min(max(offset, held.gap_end), offset + len(data))
         there = os.pread(self._raw(held), offset + len(data) - begin, begin)
         if there != data[begin - offset : begin - offset + len(there)]:
@@ -814,11 +833,11 @@ def _label(label: tuple[bytes, int]) -> str:
     return f"{show(label[0])} attempt {label[1]}"
 
 
-def _stream(number: int) -> Stream:
-    try:
-        return Stream(number)
-    except ValueError:
-        raise BadGuest(f"no stream {number}") from None
+def _stream(run: HeldRun, number: int) -> HeldStream:
+    held = run.streams.get(number)
+    if held is None:
+        raise BadGuest(f"no stream {number}")
+    return held
 
 
 def _behind(marks: messages.Pairs, known: int) -> messages.Pairs:

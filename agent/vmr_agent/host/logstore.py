@@ -397,16 +397,19 @@ class Syncer:
         begun = time.monotonic()
         by_device: dict[int, list[Sync]] = {}
         for sync in syncs:
-            by_device.setdefault(os.fstat(sync.life).st_dev, []).append(sync)
+            by_device.setdefault(sync.life.device, []).append(sync)
         for group in by_device.values():
-            with contextlib.ExitStack() as busy:
+            # With little in between, and no call that lets the loop in: for each such it would have to be waited for.
+            for sync in group:
+                sync.busy.acquire()
+            try:
+                self._syncfs(group[0].life.fd)
+            except OSError as error:
                 for sync in group:
-                    busy.enter_context(sync.busy)
-                try:
-                    self._syncfs(group[0].life)
-                except OSError as error:
-                    for sync in group:
-                        sync.error = error
+                    sync.error = error
+            finally:
+                for sync in group:
+                    sync.busy.release()
         if time.monotonic() - begun > _SYNCFS_SLOW:
             self._syncfs = None
 

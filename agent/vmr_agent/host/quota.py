@@ -75,15 +75,18 @@ class Quota:
         """Something takes so many bytes more."""
         self._disk += size
 
-    def add_output(self, data: memoryview, name: int, where: tuple[int, int]) -> None:
+    def add_output(self, data: bytes, name: int, where: tuple[int, int]) -> None:
         """``name``: bytes of the VMR's name, which stands in each row. ``where``: see :attr:`Measured.rendered`."""
         if not self.limit:
             return
-        # Of a large piece a part is looked at, anywhere in it: all of it would take as long as storing it.
-        begin = int(random.random() * (len(data) - SAMPLE)) if len(data) > SAMPLE else 0
-        self.reckon(bytes(data[begin : begin + SAMPLE]), len(data), name, where)
-        self._disk += len(data)
-        self._looked += len(data)
+        length = len(data)
+        if length > SAMPLE:
+            # Of a large piece a part is looked at, anywhere in it: all of it would take as long as storing it.
+            begin = int(random.random() * (length - SAMPLE))
+            data = data[begin : begin + SAMPLE]
+        self.reckon(data, length, name, where)
+        self._disk += length
+        self._looked += length
         if self._looked >= _LOOK_EVERY:
             # Where the reckoning was too low: a number such as 1e15 is written in full.
             self._looked = 0
