@@ -144,7 +144,8 @@ class Guest:
 
     def tell(self, offset: int, data: bytes) -> None:
         marks = ((len(data), time.time_ns()),)
-        self.say(messages.Output(run=self.run, stream=1, offset=offset, more=False, marks=marks, data=data))
+        self.out += self.session.output_frame(self.run, 1, offset, False, marks, data)  # as the shipper does
+        self.flush()
 
     def end(self) -> None:
         now = time.time_ns()

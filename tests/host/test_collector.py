@@ -27,9 +27,10 @@ import pytest
 from tests.host.scripted import AGENT, Ended, Guest, Host, Opened, closed, exited, output, run, until
 from vmr_agent import control
 from vmr_agent.errors import Problem
-from vmr_agent.host import collector
-from vmr_agent.host.chardev import Chardev
+from vmr_agent.host import chardev, collector
+from vmr_agent.host.chardev import Chardev, Poll
 from vmr_agent.host.collector import UNHEARD, Collector, Source
+from vmr_agent.host.journal import JOURNAL, OUTPUT, Kind, records
 from vmr_agent.host.starts import Moment, Starts
 from vmr_agent.runs import Ending, RunState
 from vmr_agent.wire import framing, messages
@@ -865,6 +866,70 @@ def _introducing(guest: Guest) -> Callable[..., messages.Hello]:
     return introduce
 
 
+def test_outputs_that_come_together_are_journaled_together(host: Host, guest: Guest) -> None:
+    """Of one stream, where each begins at the last one's end; a second of the logs' clock is still a record's most."""
+    begin(guest)
+    at = guest.hello["wall"] // 10**9 * 10**9 + 10**9
+    said = [(1, 0, b"a\n", at), (1, 2, b"b\n", at + 1), (1, 4, b"c\n", at + 5 * 10**9), (2, 0, b"d\n", at)]
+    guest.say(
+        *(output(data, offset, stream=stream, marks=((2, wall),)) for stream, offset, data, wall in said),
+        output(b"b\nc\ne", 2, marks=((5, at),)),  # again, and more
+    )
+    until(lambda: host.raw("good", PATH) == b"a\nb\nc\ne", "all of it")
+    guest.hear(lambda: any(ack.stdout == 7 and ack.stderr == 2 for ack in guest.acks(FIRST)), "its Ack")
+    data = (host.logs / "good" / JOURNAL).read_bytes()
+    outputs = [OUTPUT.unpack(content) for _, kind, content in records(data) if kind == Kind.OUTPUT]
+    assert [(stream, offset, length) for _, stream, offset, length, _, _ in outputs] == [
+        *((1, 0, 4), (1, 4, 2), (2, 0, 2), (1, 6, 1)),
+    ]
+
+
+def test_sockets_of_many_vms_are_read_with_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets all its bytes and its end, also one taken out meanwhile, put in twice, or whose number another has."""
+    monkeypatch.setattr(chardev, "MANY", 2)
+    monkeypatch.setattr(chardev, "TURN", 3)
+    got: dict[int, bytes] = {}
+
+    async def read() -> None:
+        poll = Poll()
+        pairs = [socket.socketpair() for _ in range(8)]
+
+        def reader(number: int) -> Callable[[], bool]:
+            def take() -> bool:
+                data = pairs[number][1].recv(100)
+                got[number] = got.get(number, b"") + data
+                if not data:
+                    poll.remove(pairs[number][1])
+                    pairs[number][1].close()
+                    got[number] += b"."
+                if (
+                    number == 0 and data == b"0"
+                ):  # who is ready in the same turn is taken out, and another comes
+                    poll.remove(pairs[1][1])
+                    poll.remove(pairs[1][1])
+                return len(data) == 100
+
+            return take
+
+        for number, (_, ours) in enumerate(pairs):
+            poll.add(ours, reader(number))
+            poll.add(ours, reader(number))
+        for number, (theirs, _) in enumerate(pairs):
+            theirs.send(b"%d" % number)
+        while len(got) < 7:
+            await asyncio.sleep(0.001)
+        assert 1 not in got
+        poll.add(pairs[1][1], reader(1))
+        for theirs, _ in pairs:
+            theirs.send(b"x" * 300)
+            theirs.close()
+        while not all(got.get(number, b"").endswith(b".") for number in range(8)):
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(read(), 20))
+    assert got == {number: b"%d" % number + b"x" * 300 + b"." for number in range(8)}
+
+
 def test_one_vm_that_says_what_takes_long_leaves_the_others_their_turn(host: Host, guest: Guest) -> None:
     liar = Guest(host.socket("evil")).open()
     begin(liar)
@@ -1091,6 +1156,7 @@ def test_without_descriptors_a_vm_is_connected_to_later(tmp_path: Path) -> None:
             listener.listen()
             chardev = Chardev(
                 Path(short, "vm"),
+                poll=Poll(),
                 listen=False,
                 opened=lambda: None,
                 received=received,

@@ -17,20 +17,20 @@ import sys
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Optional, TypeVar
+from typing import Any, Callable, Optional
 
 import vmr_agent
 from vmr_agent import control, sizes
 from vmr_agent.errors import Problem, show
 from vmr_agent.host import view
-from vmr_agent.host.chardev import Chardev
+from vmr_agent.host.chardev import Chardev, Poll
 from vmr_agent.host.journal import life_of, read_in
-from vmr_agent.host.life import BadGuest, Diverged, OverQuota
+from vmr_agent.host.life import BadGuest, Diverged, OverQuota, Sync
 from vmr_agent.host.logstore import LogStore, Syncer
 from vmr_agent.host.quota import Measured
 from vmr_agent.host.renderer import RendererProcess
@@ -62,7 +62,6 @@ MAX_DELAY = 1e9  # s to time zero, 30 years: one that a guest can count in ns
 MEASURE = 5.0  # s between looks for room, of a VM over its quota
 _REPLY = 30.0  # s; a guest that has not answered a request by then won't
 _UNHEARD = "connected, but vmr-agent is not heard"
-_T = TypeVar("_T")
 _NEXT = "the next experiment takes a collector of its own: end this one and start another"
 _LINE = 2_000  # characters; a guest's name for something may be longer
 
@@ -118,6 +117,7 @@ class Guest:
         self.relay = Relay(self.send, lambda: self.online and self.chardev.full)
         self.chardev = Chardev(
             source.path,
+            poll=collector.poll,
             listen=source.listen,
             opened=self._opened,
             received=self._received,
@@ -255,9 +255,10 @@ class Guest:
         self._take_events()
 
     def _received(self, data: bytes) -> None:
-        self._heard = time.monotonic()
-        self._act(self._session.receive(data, self._heard))
-        if self._garbage > GARBAGE:
+        self._heard = now = time.monotonic()
+        events = self._session.receive(data, now)
+        self._act(_joined(events) if len(events) > 1 else events)
+        if not self._session.open and self._garbage > GARBAGE:  # any ends a session
             self._say_strange()
             self.chardev.drop("nothing but garbage")
 
@@ -270,13 +271,13 @@ class Guest:
         """Act on what was heard, for so long that the other VMs don't notice; then in the loop's next turn."""
         until = time.monotonic() + TURN
         while self._events:
-            if time.monotonic() > until:
+            self._take_safely(self._events.popleft())
+            if self._events and time.monotonic() > until:
                 if not self._resting:
                     self._resting = True
                     self.chardev.pause()
                 asyncio.get_running_loop().call_soon(self._go_on)
                 break
-            self._take_safely(self._events.popleft())
         self._write()
 
     def _go_on(self) -> None:
@@ -371,7 +372,8 @@ class Guest:
 
     def _take(self, event: Any) -> None:
         if (
-            isinstance(event, (messages.Output, messages.Gap, messages.Closed))
+            self._withheld
+            and isinstance(event, (messages.Output, messages.Gap, messages.Closed))
             and event.run in self._withheld
         ):
             return
@@ -462,13 +464,11 @@ class Guest:
             raise BadGuest(f"more than {MAX_ROWS:,} VMRs")
 
     def _hold_line(self, output: messages.Output) -> None:
-        key = (output.run, output.stream)
-        if output.stream not in (Stream.STDOUT, Stream.STDERR):
-            return  # of a run that is over, or the store would have refused it
         if output.more or output.data[-1:] in (b"\n", b""):
-            self._held_lines.pop(key, None)
-        else:
-            self._held_lines[key] = time.monotonic()
+            if self._held_lines:
+                self._held_lines.pop((output.run, output.stream), None)
+        elif output.stream in (Stream.STDOUT, Stream.STDERR):  # else of a run that is over, or it was refused
+            self._held_lines[output.run, output.stream] = time.monotonic()
             self._time_lines()
 
     def _time_lines(self) -> None:
@@ -528,6 +528,7 @@ class Collector:
         self._boot = _boot_id()
         self._zero: Optional[Moment] = None
         """Time zero of all VMs."""
+        self.poll = Poll()
         self._syncer = Syncer()
         self._renderer: Optional[RendererProcess] = None
         self._renderer_failure = ""
@@ -664,7 +665,8 @@ class Collector:
             if self._sweep_timer is not None:
                 self._sweep_timer.cancel()
                 self._sweep_timer = None
-            begun = []
+            begun: list[tuple[Guest, Sync]] = []
+            began = time.monotonic()
             for guest in self.guests.values():
                 try:
                     sync = guest.store.begin_sync()
@@ -673,16 +675,19 @@ class Collector:
                     continue
                 if sync is not None:
                     begun.append((guest, sync))
+                    began = await _others(began)
             if not begun:
                 continue
             began = time.monotonic()
             await loop.run_in_executor(None, self._syncer.sync, [sync for _, sync in begun])
             self._sync_took = time.monotonic() - began
-            async for guest, sync in _in_parts(begun):
+            began = time.monotonic()
+            for guest, sync in begun:
                 try:
                     guest.acknowledge(guest.store.finish_sync(sync))
                 except OSError as failed:
                     guest.store_failed(failed)
+                began = await _others(began)
             if self._renderer is not None:
                 self._renderer.wake(guest.vm for guest, _ in begun)
 
@@ -987,14 +992,38 @@ class Collector:
         ]
 
 
-async def _in_parts(items: Sequence[_T]) -> AsyncIterator[_T]:
-    """All of them; after each :data:`PART`, what came meanwhile is taken first."""
-    began = time.monotonic()
-    for item in items:
-        yield item
-        if time.monotonic() - began > PART:
-            await asyncio.sleep(0)
-            began = time.monotonic()
+def _joined(events: Sequence[Any]) -> list[Any]:
+    """The same, where Outputs that follow each other in one stream are one: it is written, and journaled, once."""
+    joined: list[Any] = []
+    parts: list[messages.Output] = []
+    for event in (*events, None):
+        if parts and not (
+            type(event) is messages.Output
+            and event.run == parts[0].run
+            and event.stream == parts[0].stream
+            and event.offset == parts[-1].offset + len(parts[-1].data)
+        ):
+            joined.append(_join(parts) if len(parts) > 1 else parts[0])
+            parts = []
+        if type(event) is messages.Output:
+            parts.append(event)
+        elif event is not None:
+            joined.append(event)
+    return joined
+
+
+def _join(parts: Sequence[messages.Output]) -> messages.Output:
+    marks = tuple([mark for part in parts for mark in part.marks])
+    data = b"".join([part.data for part in parts])
+    return parts[0]._replace(more=parts[-1].more, marks=marks, data=data)
+
+
+async def _others(began: float) -> float:
+    """After each :data:`PART` of a sweep, what came meanwhile is taken first. Returns when the part began."""
+    if time.monotonic() - began <= PART:
+        return began
+    await asyncio.sleep(0)
+    return time.monotonic()
 
 
 def _introduce(own: bytes, peer: Optional[bytes]) -> messages.Hello:
