@@ -64,7 +64,7 @@ KNOWS = {
     "cli.tables": {"errors", "sizes", "cli.arguments"},
     "cli.collected": {"errors", "runs", "schedule", "control", "host", "cli.output"},
     "cli.progress": set(),
-    "cli.remote": {"errors", "control", "cli.collected", "cli.progress"},
+    "cli.remote": {"contents", "errors", "control", "wire.messages", "cli.collected", "cli.progress"},
     "cli.pull": {"contents", "errors", "wire.messages", "cli.progress", "cli.remote"},
     "cli.push": {"contents", "errors", "wire.messages", "cli.progress", "cli.remote"},
     "cli.staging": {"errors", "schedule", "cli.arguments", "cli.progress", "cli.push", "cli.remote"},

@@ -9,14 +9,13 @@ import random
 import select
 import stat
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import pytest
 
 from vmr_agent.guest.files import Files
-from vmr_agent.wire.messages import PIECE, Reply, Request, pack
+from vmr_agent.wire.messages import MAX_WRITE, PIECE, Piece, Reply, Request, pack
 
 
 class Asking:
@@ -25,15 +24,34 @@ class Asking:
     def __init__(self, launch: Path) -> None:
         self.files = Files(os.fsencode(launch))
 
-    def reply(self, verb: str, request: bytes = b"", **args: Any) -> Reply:
+    def reply(self, verb: str, request: bytes = b"", data: bytes = b"", **args: Any) -> Reply:
+        """``data``: what a `write` is to write; what a `read` has read is in the result, as one."""
+        if verb == "read":
+            return self._read(Request(request or os.urandom(16), verb, args))
+        if verb == "write":
+            args.setdefault("size", len(data))
         asked = Request(request or os.urandom(16), verb, args)
-        reply = next(self.files.read(asked)) if verb == "read" else self.files.do(asked)
+        reply = self.files.do(asked)
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            reply = reply or self.files.piece(Piece(asked.request, args["offset"] + start, piece))
         self.files.go()
         while reply is None:
             assert select.select([self.files], [], [], 20.0)[0], f"{verb} is never answered"
             reply = next((each for each in self.files.take() if each.request == asked.request), None)
         pack(reply, to=bytes(8), n=0)  # whatever it is, it fits into a frame
         return reply
+
+    def _read(self, asked: Request) -> Reply:
+        *pieces, reply = self.files.read(asked)
+        assert isinstance(reply, Reply) and reply.request == asked.request
+        pack(reply, to=bytes(8), n=0)
+        at, data = None, b""
+        for piece in pieces:
+            assert isinstance(piece, Piece) and piece.request == asked.request and piece.data
+            assert at is None or at == piece.at, "a hole: look at the pieces themselves"
+            at, data = piece.at + len(piece.data), data + piece.data
+        return reply._replace(result={**reply.result, "data": data})
 
     def ask(self, verb: str, **args: Any) -> dict[str, Any]:
         reply = self.reply(verb, **args)
@@ -78,53 +96,57 @@ def test_a_relative_path_is_one_in_the_launch_directory(asking: Asking, launch: 
     assert asking.ask("stat", path=b"/dev/null")["kind"] == "device"
 
 
-def test_read_gives_a_piece_and_says_where_data_are_after_a_hole(asking: Asking, tmp_path: Path) -> None:
+def test_read_gives_what_is_asked_for_and_says_where_data_are_after_a_hole(
+    asking: Asking, tmp_path: Path
+) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         file.write(b"begin")
         file.seek(8 << 20)
         file.write(b"end")
-    piece = asking.ask("read", path=raw(path), offset=0, end=1 << 30)
-    assert piece["at"] == 0 and piece["data"][:5] == b"begin" and len(piece["data"]) == PIECE
     hole = asking.ask("read", path=raw(path), offset=4 << 20, end=(4 << 20) + PIECE)
     assert hole == {"at": 8 << 20, "data": b""}
     assert asking.ask("read", path=raw(path), offset=(8 << 20) + 1, end=1 << 30)["data"] == b"nd"
     past = asking.ask("read", path=raw(path), offset=1 << 29, end=1 << 30)
     assert past == {"at": (8 << 20) + 3, "data": b""}
-    assert asking.ask("digest", path=raw(path))["sha256"] == sha256(path.read_bytes())
+    *pieces, last = asking.files.read(
+        Request(bytes(16), "read", {"path": raw(path), "offset": 0, "end": 1 << 30})
+    )
+    assert last == Reply(bytes(16), True, "", {"at": (8 << 20) + 3})
+    first, second = (piece for piece in pieces if isinstance(piece, Piece))
+    assert first.at == 0 and first.data[:6] == b"begin\0" and len(first.data) < 8 << 10
+    assert (second.at, second.data) == (8 << 20, b"end")
+    for kind in ("sha256", "md5"):
+        digest = asking.ask("digest", path=raw(path), kind=kind.encode())["digest"]
+        assert digest == hashlib.new(kind, path.read_bytes()).digest()
 
 
-def test_read_gives_all_in_several_answers(asking: Asking, tmp_path: Path) -> None:
+def test_read_is_done_part_by_part_and_the_file_closed_when_nobody_asks_on(
+    asking: Asking, tmp_path: Path
+) -> None:
     path = tmp_path / "file"
-    path.write_bytes(random.Random(1).randbytes(3 * PIECE + 5))
-    os.truncate(path, 8 << 20)
+    path.write_bytes(random.Random(1).randbytes(40 * PIECE + 5))
     open_before = len(os.listdir("/proc/self/fd"))
-
-    def replies(offset: int, end: int) -> Iterator[Reply]:
-        args = {"path": raw(path), "offset": offset, "end": end, "all": True}
-        return asking.files.read(Request(os.urandom(16), "read", args))
-
-    found = list(replies(7, 3 * PIECE + 5))
-    assert [reply.result.get("follows") for reply in found] == [True, True, True, None][-len(found) :]
-    assert b"".join(reply.result["data"] for reply in found) == path.read_bytes()[7 : 3 * PIECE + 5]  # type: ignore[misc]
-    *_, last = replies(0, 4 << 20)
-    assert last.result == {"at": 8 << 20, "data": b""}, "what is left is a hole"
-    half = replies(0, 3 * PIECE)
-    assert next(half).result["follows"]
+    assert asking.ask("read", path=raw(path), offset=7, end=40 * PIECE) == {
+        "at": 40 * PIECE,
+        "data": path.read_bytes()[7 : 40 * PIECE],
+    }
+    half = asking.files.read(Request(bytes(16), "read", {"path": raw(path), "offset": 0, "end": 40 * PIECE}))
+    assert len(next(half).data) < 20 * PIECE  # type: ignore[union-attr]
     half.close()  # type: ignore[attr-defined]
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 
-def test_a_file_that_changes_between_the_answers_is_an_error(asking: Asking, tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_read_is_an_error(asking: Asking, tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes(bytes(range(256)) * 512)
-    args = {"path": raw(path), "id": asking.ask("stat", path=raw(path))["id"], "offset": 0, "end": 131_072}
-    replies = asking.files.read(Request(os.urandom(16), "read", {**args, "all": True}))
-    assert next(replies).ok
+    path.write_bytes(bytes(range(256)) * 5120)
+    args = {"path": raw(path), "id": asking.ask("stat", path=raw(path))["id"], "offset": 0, "end": 1 << 30}
+    replies = asking.files.read(Request(os.urandom(16), "read", args))
+    assert isinstance(next(replies), Piece)
     with path.open("ab") as file:
         file.write(b"more")
     (last,) = replies
-    assert not last.ok and "has changed meanwhile" in last.error
+    assert isinstance(last, Reply) and not last.ok and "has changed meanwhile" in last.error
 
 
 def test_a_file_that_changed_is_not_the_one_meant(asking: Asking, tmp_path: Path) -> None:
@@ -135,7 +157,7 @@ def test_a_file_that_changed_is_not_the_one_meant(asking: Asking, tmp_path: Path
     with path.open("ab") as file:
         file.write(b"more")
     assert "has changed meanwhile" in asking.refused("read", path=raw(path), id=meant, offset=0, end=9)
-    assert "has changed meanwhile" in asking.refused("digest", path=raw(path), id=meant)
+    assert "has changed meanwhile" in asking.refused("digest", path=raw(path), id=meant, kind=b"md5")
     path.unlink()
     assert "No such file" in asking.refused("read", path=raw(path), id=meant, offset=0, end=9)
 
@@ -144,7 +166,7 @@ def test_what_is_no_file_is_named_and_never_waited_for(asking: Asking, tmp_path:
     os.mkfifo(tmp_path / "pipe")
     for path, kind in ((tmp_path / "pipe", "named pipe"), (tmp_path, "directory"), ("/dev/zero", "device")):
         assert f"is a {kind}, not a file" in asking.refused("read", path=raw(path), offset=0, end=9)
-        assert f"is a {kind}, not a file" in asking.refused("digest", path=raw(path))
+        assert f"is a {kind}, not a file" in asking.refused("digest", path=raw(path), kind=b"md5")
 
 
 def test_the_kernels_files_say_no_size_and_are_read_all_the_same(asking: Asking) -> None:
@@ -175,8 +197,15 @@ def test_a_list_comes_in_pages_and_names_are_any_bytes(asking: Asking, tmp_path:
 
 def send(asking: Asking, path: Path, data: bytes, **other: Any) -> None:
     part = raw(path.with_name(".x.part"))
-    asking.ask("write", path=part, make=True, offset=0, data=data)
-    args = {"size": len(data), "mode": 0o640, "mtime": 1_000_000_007, "sha256": sha256(data), **other}
+    asking.ask("write", path=part, make=True, kind=b"sha256", offset=0, data=data)
+    args = {
+        "size": len(data),
+        "mode": 0o640,
+        "mtime": 1_000_000_007,
+        "kind": b"sha256",
+        "digest": sha256(data),
+        **other,
+    }
     asking.ask("place", path=raw(path), part=part, **args)
 
 
@@ -193,8 +222,8 @@ def test_a_file_gets_its_name_when_it_is_whole(asking: Asking, tmp_path: Path) -
 def test_what_arrived_wrong_leaves_the_old_one_and_nothing_else(asking: Asking, tmp_path: Path) -> None:
     path, part = tmp_path / "file", raw(tmp_path / ".x.part")
     path.write_bytes(b"old")
-    asking.ask("write", path=part, make=True, offset=0, data=b"new")
-    args = {"size": 3, "mode": 0o644, "mtime": 0, "sha256": sha256(b"other")}
+    asking.ask("write", path=part, make=True, kind=b"sha256", offset=0, data=b"new")
+    args = {"size": 3, "mode": 0o644, "mtime": 0, "kind": b"sha256", "digest": sha256(b"other")}
     assert "the digests differ" in asking.refused("place", path=raw(path), part=part, **args)
     assert path.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["file", "launch"]
 
@@ -204,7 +233,7 @@ def test_writes_and_place_repeated_change_nothing(asking: Asking, tmp_path: Path
     path, part = tmp_path / "file", raw(tmp_path / ".x.part")
     data = b"a" * PIECE + b"b"
     asks: list[tuple[str, dict[str, Any]]] = [
-        ("write", {"path": part, "offset": 0, "data": data[:PIECE], "make": True}),
+        ("write", {"path": part, "offset": 0, "data": data[:PIECE], "make": True, "kind": b"sha256"}),
         ("write", {"path": part, "offset": PIECE, "data": data[PIECE:]}),
         (
             "place",
@@ -214,7 +243,8 @@ def test_writes_and_place_repeated_change_nothing(asking: Asking, tmp_path: Path
                 "size": len(data),
                 "mode": 0o644,
                 "mtime": 5,
-                "sha256": sha256(data),
+                "kind": b"sha256",
+                "digest": sha256(data),
             },
         ),
     ]
@@ -225,9 +255,135 @@ def test_writes_and_place_repeated_change_nothing(asking: Asking, tmp_path: Path
         path.unlink()
 
 
+Wrote = tuple[int, bytes]
+WHOLE = random.Random(2).randbytes(6 * PIECE)
+PARTS: list[Wrote] = [(at, WHOLE[at : at + 2 * PIECE]) for at in range(0, len(WHOLE), 2 * PIECE)]
+
+
+@pytest.mark.parametrize(
+    "writes",
+    [
+        PARTS,
+        [*PARTS, *PARTS],
+        [*PARTS[:2], *PARTS],
+        [*PARTS[:2], *PARTS[1:]],
+        [PARTS[0], (PIECE, WHOLE[PIECE : 3 * PIECE]), *PARTS[1:]],
+        [PARTS[0], PARTS[2], PARTS[1]],
+        PARTS[::-1],
+    ],
+    ids=[
+        "once",
+        "twice",
+        "again from the start",
+        "again in part",
+        "overlapping",
+        "out of order",
+        "backwards",
+    ],
+)
+@pytest.mark.parametrize("before", [None, b"", b"half of it was there", bytes(9 * PIECE)])
+@pytest.mark.parametrize("kind", ["sha256", "md5"])
+def test_whatever_is_repeated_what_is_placed_is_what_was_sent(
+    asking: Asking, tmp_path: Path, writes: list[Wrote], before: Optional[bytes], kind: str
+) -> None:
+    """In order into an empty file its digest is known without reading it; else it is read."""
+    path, part = tmp_path / "file", tmp_path / ".x.part"
+    if before is not None:
+        part.write_bytes(before)
+        part.chmod(0o600)
+    asking.ask("write", path=raw(part), make=True, offset=0, kind=kind.encode())
+    for offset, data in writes:
+        asking.ask("write", path=raw(part), offset=offset, data=data)
+    digest = hashlib.new(kind, WHOLE).digest()
+    args = {"path": raw(path), "part": raw(part), "size": len(WHOLE), "mode": 0o644, "mtime": 5}
+    asking.ask("place", **args, kind=kind.encode(), digest=digest)
+    assert path.read_bytes() == WHOLE
+
+
+@pytest.mark.parametrize("what", ["missing", "another's", "longer", "replaced"])
+def test_what_was_not_sent_is_never_placed(asking: Asking, tmp_path: Path, what: str) -> None:
+    path, part = tmp_path / "file", tmp_path / ".x.part"
+    asking.ask("write", path=raw(part), make=True, offset=0, kind=b"sha256")
+    for offset, data in PARTS[: 2 if what == "missing" else 3]:
+        asking.ask("write", path=raw(part), offset=offset, data=data)
+    if what == "another's":
+        part.write_bytes(b"x" * 7)
+    elif what == "longer":
+        with part.open("ab") as file:
+            file.write(b"more")
+    elif what == "replaced":
+        part.rename(tmp_path / "away")
+        part.write_bytes(bytes(len(WHOLE)))
+    size = len(WHOLE) + (4 if what == "longer" else 0)
+    args = {"path": raw(path), "part": raw(part), "size": size, "mode": 0o644, "mtime": 5}
+    digest = sha256(WHOLE + bytes(size - len(WHOLE)))
+    assert "the digests differ" in asking.refused("place", **args, kind=b"sha256", digest=digest)
+    assert not path.exists() and not part.exists()
+
+
+def test_a_file_with_holes_and_many_files_at_once(asking: Asking, tmp_path: Path) -> None:
+    """More of them than digests are kept of."""
+    whole = b"one" + bytes(3 * PIECE) + b"two" + bytes(PIECE)
+    parts = [raw(tmp_path / f".{number}.part") for number in range(12)]
+    for part in parts:
+        asking.ask("write", path=part, make=True, offset=0, kind=b"md5")
+    for offset, data in ((0, b"one"), (3 + 3 * PIECE, b"two")):
+        for part in parts:
+            asking.ask("write", path=part, offset=offset, data=data)
+    for part in parts:
+        args = {"path": part[:-5], "part": part, "size": len(whole), "mode": 0o644, "mtime": 5}
+        asking.ask("place", **args, kind=b"md5", digest=hashlib.md5(whole).digest())
+        assert Path(os.fsdecode(part[:-5])).read_bytes() == whole
+
+
+def test_a_write_is_done_when_all_of_it_has_come_and_not_in_the_next_session(
+    asking: Asking, tmp_path: Path
+) -> None:
+    part = raw(tmp_path / ".x.part")
+    asking.ask("write", path=part, make=True, offset=0, kind=b"md5")
+    asked = Request(b"w" * 16, "write", {"path": part, "offset": 0, "size": 2 * PIECE})
+    first, second = (Piece(asked.request, at, bytes([at % 7]) * PIECE) for at in (0, PIECE))
+
+    def said() -> list[Reply]:
+        asking.files.go()
+        select.select([asking.files], [], [], 0.2)
+        return asking.files.take()
+
+    assert asking.files.do(asked) is None and asking.files.piece(first) is None and said() == []
+    asking.files.forget()
+    assert asking.files.piece(second) is None and said() == []
+    assert asking.files.do(asked) is None
+    for piece in (first, second):
+        assert asking.files.piece(piece) is None
+    assert asking.files.do(asked) is None  # repeated while it is under way, with all its pieces
+    for piece in (first, second):
+        assert asking.files.piece(piece) is None
+    assert [(reply.request, reply.ok) for reply in said()] == [(asked.request, True)]
+    assert Path(os.fsdecode(part)).read_bytes() == first.data + second.data
+
+
+@pytest.mark.parametrize("at, length", [(1, 1), (0, 11), (2**62, 10)])
+def test_pieces_of_something_else_are_refused_once(
+    asking: Asking, tmp_path: Path, at: int, length: int
+) -> None:
+    asked = Request(b"w" * 16, "write", {"path": raw(tmp_path / ".x.part"), "offset": 0, "size": 10})
+    assert asking.files.do(asked) is None
+    refusal = asking.files.piece(Piece(asked.request, at, bytes(length)))
+    assert refusal is not None and not refusal.ok and "other bytes come" in refusal.error
+    assert asking.files.piece(Piece(asked.request, 0, bytes(10))) is None
+    assert os.listdir(tmp_path) == ["launch"]
+
+
+def test_no_more_is_taken_at_once_than_has_room(asking: Asking, tmp_path: Path) -> None:
+    path = raw(tmp_path / ".x.part")
+    assert "bytes at once" in asking.refused("write", path=path, offset=0, size=MAX_WRITE + 1, make=True)
+    asking.ask("write", path=path, offset=0, data=bytes(MAX_WRITE), make=True, kind=b"md5")
+    assert "no kind of digest" in asking.refused("digest", path=path, kind=b"crc32")
+
+
 def test_a_write_that_comes_too_late_makes_no_file(asking: Asking, tmp_path: Path) -> None:
     """The host gave up and removed the part, while writes it had asked for were still on their way."""
-    asking.ask("write", path=raw(tmp_path / ".x.part"), make=True, offset=0, data=b"")
+    asking.ask("write", path=raw(tmp_path / ".x.part"), make=True, kind=b"sha256", offset=0, data=b"")
     asking.ask("remove", path=raw(tmp_path / ".x.part"))
     asking.ask("write", path=raw(tmp_path / ".x.part"), offset=5, data=b"late")
     assert os.listdir(tmp_path) == ["launch"]
@@ -236,10 +392,10 @@ def test_a_write_that_comes_too_late_makes_no_file(asking: Asking, tmp_path: Pat
 def test_nothing_is_written_through_a_link_or_into_a_device(asking: Asking, tmp_path: Path) -> None:
     (tmp_path / "victim").write_bytes(b"safe")
     (tmp_path / ".x.part").symlink_to("victim")
-    asking.refused("write", path=raw(tmp_path / ".x.part"), make=True, offset=0, data=b"bad")
+    asking.refused("write", path=raw(tmp_path / ".x.part"), make=True, kind=b"sha256", offset=0, data=b"bad")
     assert (tmp_path / "victim").read_bytes() == b"safe"
     os.mkfifo(tmp_path / ".y.part")
-    asking.refused("write", path=raw(tmp_path / ".y.part"), make=True, offset=0, data=b"bad")
+    asking.refused("write", path=raw(tmp_path / ".y.part"), make=True, kind=b"sha256", offset=0, data=b"bad")
 
 
 def test_a_tree_is_made_and_named_also_when_asked_twice(asking: Asking, tmp_path: Path) -> None:
@@ -335,7 +491,10 @@ def test_many_slow_requests_are_all_answered(asking: Asking, tmp_path: Path) -> 
     (tmp_path / "file").write_bytes(b"x")
     waiting = {bytes([n]) * 16 for n in range(200)}
     for request in waiting:
-        assert asking.files.do(Request(request, "digest", {"path": raw(tmp_path / "file")})) is None
+        assert (
+            asking.files.do(Request(request, "digest", {"path": raw(tmp_path / "file"), "kind": b"md5"}))
+            is None
+        )
     while waiting:
         assert select.select([asking.files], [], [], 20.0)[0]
         waiting -= {reply.request for reply in asking.files.take()}
@@ -349,16 +508,18 @@ def test_many_slow_requests_are_all_answered(asking: Asking, tmp_path: Path) -> 
     [
         {},
         {"path": 5},
-        {"path": b"a\0b", "offset": 0, "end": 1, "after": b"", "target": b"x", "data": b""},
-        {"path": b"x", "offset": -1, "end": "1", "data": None, "after": 0, "target": 1, "part": b"x"},
+        {"path": b"a\0b", "offset": 0, "end": 1, "after": b"", "target": b"x", "size": 0},
+        {"path": b"x", "offset": -1, "end": "1", "size": None, "after": 0, "target": 1, "part": b"x"},
         {
             "path": b"x" * 300,
             "offset": 2**63 - 1,
             "end": 2**63 - 1,
-            "data": b"x",
+            "size": 0,
+            "kind": b"x",
             "after": b"",
             "target": b"",
         },
+        {"path": b"x", "offset": 0, "end": 2**63 - 1, "size": 0, "make": True, "kind": 1},
     ],
 )
 def test_no_odd_request_is_more_than_an_error(asking: Asking, verb: str, args: dict[str, Any]) -> None:

@@ -49,13 +49,13 @@ def test_bytes_pass_both_ways_and_a_full_socket_takes_a_part_and_then_nothing(
     assert select.select([port], [], [], 5)[0], "an edge tells that there is something to read"
     assert port.read() == b"\x00\xff in" and port.read() == b""
     sent = 0
-    while taken := port.write(bytes(100_000)):
+    while taken := port.write([bytes(100_000)]):
         sent += taken
-    assert sent > 0 and port.write(b"x") == 0 and port.state is PortState.UP
+    assert sent > 0 and port.write([b"x"]) == 0 and port.state is PortState.UP
     got = 0
     while got < sent:
         got += len(peer.recv(1 << 20))
-    assert port.write(b"x") == 1
+    assert port.write([b"x"]) == 1
     peer.close()
     port.close()
 
@@ -65,7 +65,7 @@ def test_a_host_that_is_gone_is_noticed_at_the_write(tmp_path: Path, listener: s
     port.look(0)
     peer, _ = listener.accept()
     peer.close()
-    assert port.write(b"x") == 0 and port.state is PortState.MISSING
+    assert port.write([b"x"]) == 0 and port.state is PortState.MISSING
     port.close()
 
 

@@ -186,7 +186,7 @@ class Link:
             assert known == message, "a run never changes, but that it ends"
             held.message = message
             return
-        if isinstance(message, (messages.Vmr, messages.Reply)):
+        if isinstance(message, (messages.Vmr, messages.Reply, messages.Piece)):
             return
         assert isinstance(message, (messages.Output, messages.Gap, messages.Exit, messages.Closed))
         assert message.run in self.answered, "nothing of a run before its Ack"
@@ -508,6 +508,38 @@ def test_pieces_at_their_end_hold_up_no_output(spool: Spool, make_link: Callable
         write(run, OUT, b"line\n")
         link.shipper.touch(run.info.run)
         assert isinstance(link.step(), messages.Output)
+
+
+def test_a_stretch_of_a_file_and_output_take_turns_frame_by_frame(
+    spool: Spool, make_link: Callable[..., Link]
+) -> None:
+    data = noise(8 * messages.PIECE)
+    run = begin(spool)
+    link = make_link()
+    link.run_dry()
+    link.shipper.send_pieces(
+        iter([messages.Piece(bytes(16), 5, data), messages.Reply(bytes(16), True, "", {})])
+    )
+    write(run, OUT, noise(200_000))
+    link.shipper.touch(run.info.run)
+    heard: list[messages.Message] = []
+    while not any(isinstance(each, messages.Reply) for each in heard):
+        message = link.step()
+        assert message is not None
+        heard.append(message)
+    pieces = [each for each in heard if isinstance(each, messages.Piece)]
+    assert b"".join(each.data for each in pieces) == data
+    assert [each.at for each in pieces] == list(range(5, 5 + len(data), messages.PIECE))
+    kinds = [type(each) for each in heard[:8]]
+    assert kinds.count(messages.Piece) == kinds.count(messages.Output) == 4
+
+
+def test_a_stretch_of_a_session_that_ended_is_not_sent_in_the_next(make_link: Callable[..., Link]) -> None:
+    link = make_link()
+    link.shipper.send_pieces(iter([messages.Piece(bytes(16), 0, noise(8 * messages.PIECE))]))
+    assert isinstance(link.step(), messages.Piece)
+    link.connect()
+    assert link.step() is None
 
 
 def test_a_flood_leaves_room_in_the_window(spool: Spool, make_link: Callable[..., Link]) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import pytest
 
@@ -28,7 +28,7 @@ AGENT = Path(__file__).resolve().parents[2] / "agent"
 LIMIT = 20.0  # s; for whatever must happen
 
 Say = Callable[[str, Mapping[str, Any]], dict[str, Any]]
-"""What a guest answers to a request; Problem: why not."""
+"""What a guest answers to a request; Problem: why not. ``pieces``: offsets and bytes that it sends before."""
 
 
 class Liar:
@@ -74,9 +74,11 @@ class Liar:
                         error, result = "", self.say(event.verb, event.args)
                     except Problem as problem:
                         error, result = str(problem), {}
-                    self._sock.sendall(
-                        self._session.frame(messages.Reply(event.request, not error, error, result))
-                    )
+                    said: list[messages.Message] = [
+                        messages.Piece(event.request, at, data) for at, data in result.pop("pieces", ())
+                    ]
+                    said.append(messages.Reply(event.request, not error, error, result))
+                    self._sock.sendall(b"".join(self._session.frame(each) for each in said))
 
     def close(self) -> None:
         self._sock.close()
@@ -153,10 +155,10 @@ def file_facts(size: int, **other: Any) -> dict[str, Any]:
 def a_file(content: bytes, **other: Any) -> Say:
     def say(verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
         if verb == "digest":
-            return {"sha256": hashlib.sha256(content).digest()}
+            return {"digest": hashlib.new(os.fsdecode(args["kind"]), content).digest()}
         if verb == "read":
-            start = args["offset"]
-            return {"at": start, "data": content[start : args["end"]]}
+            start, end = args["offset"], args["end"]
+            return {"at": min(end, len(content)), "pieces": [(start, content[start:end])] if content else []}
         return file_facts(len(content), **other)
 
     return say
@@ -213,6 +215,19 @@ def test_an_honest_file_comes_without_set_uid(host: Host, liar: Liar, tmp_path: 
     assert code == 0, said
     assert (tmp_path / "x").read_bytes() == b"#!/bin/sh\n"
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("kind", [b"sha256", b"md5", b"crc\x1b", 7, None])
+def test_the_digest_is_one_that_both_know(host: Host, liar: Liar, tmp_path: Path, kind: Any) -> None:
+    honest, asked = a_file(b"x" * 10, digest=kind), []
+
+    def say(verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        asked.extend([args["kind"]] if verb == "digest" else [])
+        return honest(verb, args)
+
+    liar.say = say
+    assert host.pull("x", tmp_path)[0] == 0
+    assert asked == [kind if kind in (b"sha256", b"md5") else b"sha256"]
 
 
 @pytest.mark.parametrize(
@@ -290,16 +305,21 @@ def test_a_tree_without_end_has_one_here(host: Host, liar: Liar, tmp_path: Path,
 @pytest.mark.parametrize(
     ("verb", "result"),
     [
-        ("read", {"at": 0, "data": b"x" * 20}),
-        ("read", {"at": 5, "data": b"x" * 10}),
-        ("read", {"at": 0, "data": b""}),
-        ("read", {"at": 0, "data": b"x" * 10, "follows": True}),
-        ("read", {"at": -1, "data": b"x" * 10}),
-        ("read", {"at": 2**62, "data": b"x" * 10}),
-        ("read", {"data": b"x" * 10}),
+        ("read", {"at": 10, "pieces": [(0, b"x" * 20)]}),
+        ("read", {"at": 10, "pieces": [(5, b"x" * 10)]}),
+        ("read", {"at": 10, "pieces": [(0, b"x" * 5), (0, b"x" * 5)]}),
+        ("read", {"at": 10, "pieces": [(5, b"x" * 5), (0, b"x" * 5)]}),
+        ("read", {"at": 10, "pieces": [(0, b"")]}),
+        ("read", {"at": 10, "pieces": [(2**62, b"x" * 10)]}),
+        ("read", {"at": 10, "pieces": []}),
+        ("read", {"at": 5, "pieces": [(0, b"x" * 5)]}),
+        ("read", {"at": 0}),
+        ("read", {"at": -1, "pieces": [(0, b"x" * 10)]}),
+        ("read", {"pieces": [(0, b"x" * 10)]}),
         ("read", {}),
-        ("digest", {"sha256": b"wrong"}),
-        ("digest", {"sha256": None}),
+        ("digest", {"digest": b"wrong"}),
+        ("digest", {"digest": None}),
+        ("digest", {"digest": hashlib.sha256(b"x" * 10).digest(), "pieces": [(0, b"x" * 10)]}),
         ("digest", {}),
         ("stat", {"kind": "file"}),
         ("stat", {"kind": "\x1b[31m", "path": b"\x1b[31m"}),
@@ -311,7 +331,7 @@ def test_what_a_file_cannot_be_is_refused(
     host: Host, liar: Liar, tmp_path: Path, verb: str, result: dict[str, Any]
 ) -> None:
     honest = a_file(b"x" * 10)
-    liar.say = lambda asked, args: result if asked == verb else honest(asked, args)
+    liar.say = lambda asked, args: dict(result) if asked == verb else honest(asked, args)
     (tmp_path / "x").write_bytes(b"the old one")
     code, said = host.pull("x", tmp_path)
     assert code == 1 and said.count("\n") == 1 and "\x1b" not in said, said
@@ -335,86 +355,126 @@ def row(**other: Any) -> dict[str, Any]:
     return {"id": "ab" * 16, "ask": "stat", "args": {"path": "/x"}, **other}
 
 
-def test_a_request_goes_out_and_its_reply_comes_back() -> None:
-    sent: list[messages.Message] = []
-    heard: list[tuple[Mapping[str, Any], bytes]] = []
-    relay = Relay(lambda message: sent.append(message) or True, lambda: False)  # type: ignore[func-returns-value]
-    relay.ask(
-        row(ask="write", args={"path": "/\udcff", "offset": 3}), b"data", lambda *each: heard.append(each), ""
-    )
-    request = bytes.fromhex("ab" * 16)
-    assert sent == [messages.Request(request, "write", {"path": b"/\xff", "offset": 3, "data": b"data"})]
-    reply = messages.Reply(request, True, "", {"path": b"\xfe", "n": 1, "data": b"raw"})
-    assert relay.take(reply) and not relay.take(reply)
-    assert heard == [
-        (
-            {
-                "id": "ab" * 16,
-                "ok": True,
-                "error": "",
-                "result": {"path": "\udcfe", "n": 1},
-                "follows": False,
-            },
-            b"raw",
+class Passed:
+    """A relay, what it sent to the guest, and what it told a command."""
+
+    def __init__(self, *, online: bool = True) -> None:
+        self.online = online
+        self.room = 1_000
+        self.sent: list[Any] = []
+        self.heard: list[tuple[Any, ...]] = []
+        self.relay = Relay(
+            self._send, lambda *pieces: self.sent.append(pieces), lambda: self.online and self.room <= 0
         )
-    ]
+
+    def ask(self, data: bytes = b"", **other: Any) -> None:
+        self.relay.ask(
+            row(**other), data, lambda told, *data: self.heard.append((told, *data)), "it is offline"
+        )
+
+    def _send(self, message: messages.Message) -> bool:
+        self.room -= 1
+        self.sent.append(message)
+        return self.online
 
 
-def test_a_reply_that_others_follow_is_not_the_last() -> None:
-    heard: list[tuple[Mapping[str, Any], bytes]] = []
-    relay = Relay(lambda message: True, lambda: False)
-    relay.ask(row(ask="read"), b"", lambda *each: heard.append(each), "")
-    request = bytes.fromhex("ab" * 16)
-    for data, result in ((b"one", {"follows": True}), (b"two", {"follows": True}), (b"three", {})):
-        assert relay.take(messages.Reply(request, True, "", {"data": data, **result}))
-    assert not relay.take(messages.Reply(request, True, "", {"data": b"four"}))
-    assert [(told["follows"], data) for told, data in heard] == [
-        (True, b"one"),
-        (True, b"two"),
-        (False, b"three"),
+ID = bytes.fromhex("ab" * 16)
+
+
+def test_a_request_goes_out_and_its_reply_comes_back() -> None:
+    passed = Passed()
+    passed.ask(ask="stat", args={"path": "/\udcff"})
+    assert passed.sent == [messages.Request(ID, "stat", {"path": b"/\xff"})]
+    reply = messages.Reply(ID, True, "", {"path": b"\xfe", "n": 1, "data": b"raw"})
+    assert passed.relay.take(reply) and not passed.relay.take(reply)
+    result = {"path": "\udcfe", "n": 1}
+    assert passed.heard == [({"id": "ab" * 16, "ok": True, "error": "", "result": result}, b"raw")]
+
+
+def test_what_is_to_be_written_follows_its_request() -> None:
+    passed = Passed()
+    passed.ask(b"data", ask="write", args={"path": "/x", "offset": 3, "size": 7})
+    assert passed.sent == [
+        messages.Request(ID, "write", {"path": b"/x", "offset": 3, "size": 4}),
+        (ID, 3, b"data"),
     ]
-    relay.ask(row(ask="read"), b"", lambda *each: heard.append(each), "")
-    assert relay.take(messages.Reply(request, False, "no", {"follows": True}))
-    assert not relay.take(messages.Reply(request, True, "", {})), "an error is the last"
+    passed.room = 0
+    passed.ask(b"more", id="cd" * 16, ask="write", args={"path": "/x", "offset": 7})
+    assert len(passed.sent) == 2
+    passed.room = 1_000
+    passed.relay.go_on()
+    assert passed.sent[3] == (bytes.fromhex("cd" * 16), 7, b"more")
+
+
+def test_pieces_are_told_together_as_far_as_they_follow_each_other_and_before_the_reply() -> None:
+    passed = Passed()
+    passed.ask(ask="read")
+    for at, data in ((0, b"one"), (3, b"two"), (9, b"three")):
+        passed.relay.piece(messages.Piece(ID, at, data))
+    passed.relay.piece(messages.Piece(bytes(16), 14, b"nobody's"))
+    told = {"id": "ab" * 16, "ok": True, "follows": True}
+    assert passed.heard == [({**told, "at": 0}, b"one", b"two")]
+    passed.relay.take(messages.Reply(ID, True, "", {"at": 14}))
+    assert passed.heard[1] == ({**told, "at": 9}, b"three") and len(passed.heard) == 3
+    passed.relay.piece(messages.Piece(ID, 14, b"late"))
+    passed.relay.flush()
+    assert len(passed.heard) == 3
+
+
+def test_pieces_of_a_session_that_is_over_are_told_before_it() -> None:
+    passed = Passed()
+    passed.ask(ask="read")
+    passed.relay.piece(messages.Piece(ID, 0, b"one"))
+    passed.relay.ended("gone")
+    passed.relay.flush()
+    assert [told.get("again") for told, *_ in passed.heard] == [None, True]
+
+
+def test_a_session_that_ends_while_it_is_asked_is_told_once() -> None:
+    for sent in (True, False):
+        passed = Passed(online=sent)
+        send = passed._send
+
+        def breaking(message: messages.Message, passed: Passed = passed, send: Any = send) -> bool:
+            passed.relay.ended("it broke")
+            return bool(send(message))
+
+        passed.relay._send = breaking
+        passed.ask()
+        assert [(told["again"], told["error"]) for told, *_ in passed.heard] == [(True, "it broke")]
 
 
 @pytest.mark.parametrize("when", ["offline", "ended"])
 def test_what_cannot_be_answered_is_to_be_asked_again(when: str) -> None:
-    heard: list[Mapping[str, Any]] = []
-    relay = Relay(lambda message: when == "ended", lambda: False)
-    relay.ask(row(), b"", lambda told, data: heard.append(told), "it is offline")
-    relay.ended("it is offline")
-    relay.ended("again")
-    assert heard == [{"id": "ab" * 16, "ok": False, "again": True, "error": "it is offline"}]
+    passed = Passed(online=when == "ended")
+    passed.ask()
+    passed.relay.ended("it is offline")
+    passed.relay.ended("again")
+    again = {"id": "ab" * 16, "ok": False, "again": True, "error": "it is offline"}
+    assert passed.heard == [(again,)]
 
 
 def test_what_there_is_no_room_for_waits_in_its_order_and_goes_out_once() -> None:
-    sent: list[str] = []
-    heard: list[Mapping[str, Any]] = []
-    room = 0
+    passed = Passed()
+    passed.room = 0
 
-    def send(message: messages.Message) -> bool:
-        nonlocal room
-        assert isinstance(message, messages.Request)
-        sent.append(message.request.hex()[:2])
-        room -= 1
-        return True
+    def sent() -> list[str]:
+        return [each.request.hex()[:2] for each in passed.sent]
 
-    relay = Relay(send, lambda: room <= 0)
     for name in ("0a", "0b", "0c", "0b", "0d"):
-        relay.ask(row(id=name * 16), b"", lambda told, data: heard.append(told), "")
-    assert sent == []
-    room = 3
-    relay.go_on()
-    assert sent == ["0a", "0b", "0c"]
-    room = 1
-    relay.ask(row(id="0e" * 16), b"", lambda told, data: heard.append(told), "")
-    assert sent[3:] == [], "nobody overtakes"
-    relay.ended("it left")
-    assert [told["id"][:2] for told in heard] == ["0a", "0b", "0c", "0d", "0e"]
-    assert all(told["again"] for told in heard)
-    relay.go_on()
-    assert sent[3:] == []
+        passed.ask(id=name * 16)
+    assert sent() == []
+    passed.room = 3
+    passed.relay.go_on()
+    assert sent() == ["0a", "0b", "0c"]
+    passed.room = 1
+    passed.ask(id="0e" * 16)
+    assert sent()[3:] == [], "nobody overtakes"
+    passed.relay.ended("it left")
+    assert [told["id"][:2] for (told,) in passed.heard] == ["0a", "0b", "0c", "0d", "0e"]
+    assert all(told["again"] for (told,) in passed.heard)
+    passed.relay.go_on()
+    assert sent()[3:] == []
 
 
 @pytest.mark.parametrize(
@@ -428,22 +488,24 @@ def test_what_there_is_no_room_for_waits_in_its_order_and_goes_out_once() -> Non
         {"args": {"path": 1.5}},
         {"args": {"path": "\ud800"}},
         {"args": {"n": 2**70}},
+        {"ask": "write"},
+        {"ask": "write", "args": {"path": "x", "offset": -1}},
+        {"ask": "write", "args": {"path": "x", "offset": True}},
+        {"ask": "write", "args": {"path": "x", "offset": 2**63 - 1}},
         {"id": "zz"},
         {"id": "ab"},
         {"id": None},
     ],
 )
 def test_an_odd_request_of_a_client_is_a_problem_and_nothing_is_sent(odd: dict[str, Any]) -> None:
-    sent: list[messages.Message] = []
-    relay = Relay(lambda message: sent.append(message) or True, lambda: False)  # type: ignore[func-returns-value]
+    passed = Passed()
     with pytest.raises(Problem):
-        relay.ask(row(**odd), b"", lambda *each: None, "")
-    assert not sent
+        passed.ask(b"data", **odd)
+    assert not passed.sent
 
 
 def test_a_request_too_large_for_a_frame_is_a_problem() -> None:
-    sent: list[Optional[messages.Message]] = []
-    relay = Relay(lambda message: sent.append(message) or True, lambda: False)  # type: ignore[func-returns-value]
+    passed = Passed()
     with pytest.raises(Problem):
-        relay.ask(row(ask="write", args={"path": "x" * 20_000}), bytes(31 * 1024), lambda *each: None, "")
-    assert not sent
+        passed.ask(args={"path": "x" * 33_000})
+    assert not passed.sent

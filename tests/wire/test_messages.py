@@ -29,11 +29,13 @@ from vmr_agent.wire.messages import (
     Malformed,
     MalformedMessage,
     Output,
+    Piece,
     Start,
     Unknown,
     Vmr,
     output_head,
     pack,
+    piece_head,
     unpack,
 )
 
@@ -348,6 +350,33 @@ def test_the_fullest_output_frames() -> None:
         (payload,) = framing.Decoder().feed(framing.encode(head, content))
         assert isinstance(payload, bytes)
         assert unpack(payload) == Envelope(Output(RUN, 2, MAX_INT, True, marks, content), TO, MAX_INT)
+
+
+@given(request=GOOD["bin16"], at=uints, n=uints, data=bins)
+def test_a_piece_in_its_usual_form_means_what_pack_means(
+    request: bytes, at: int, n: int, data: bytes
+) -> None:
+    payload = piece_head(request, at, len(data), to=TO, n=n) + data
+    packed = pack(Piece(request, at, data), to=TO, n=n)
+    assert unpack(payload) == unpack(packed) == Envelope(Piece(request, at, data), TO, n)
+    assert list(rows(payload).items()) == list(rows(packed).items())
+
+
+@given(data=bins, where=st.integers(0, 90), what=st.binary(min_size=1, max_size=4), cut=st.integers(0, 400))
+def test_a_piece_that_is_damaged_means_what_any_reader_finds_in_it(
+    data: bytes, where: int, what: bytes, cut: int
+) -> None:
+    """Read at a fixed place or as MessagePack: the same is found, or nothing."""
+    whole = piece_head(RUN, 7, len(data), to=TO, n=1) + data
+    payload = (whole[:where] + what + whole[where + len(what) :])[: len(whole) - cut % (len(whole) - 1)]
+    key = payload.find(b"\xa4type")
+    other = payload[:key] + b"\xd9\x04type" + payload[key + 5 :] if key == 1 else payload
+    assert repr(outcome(payload)) == repr(outcome(other))
+
+
+def test_the_fullest_piece_fits_into_a_frame() -> None:
+    head = piece_head(RUN, MAX_INT, messages.PIECE, to=TO, n=MAX_INT)
+    assert len(framing.encode(head, bytes(messages.PIECE))) <= framing.MAX_FRAME
 
 
 # --- whatever comes ---

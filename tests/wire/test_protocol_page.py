@@ -83,7 +83,7 @@ def test_since_and_senders() -> None:
     assert VERSION == session.PROTOCOL
     assert all(1 <= section.since <= VERSION for section in SECTIONS)
     both = [section.type for section in SECTIONS if section.sender == "G H"]
-    assert both == ["hello", "heartbeat"]
+    assert both == ["hello", "heartbeat", "piece"]
     assert {section.sender for section in SECTIONS} == {"G H", "G", "H"}
     protocol = re.findall(r"\| `protocol` \| uint \| (\d+) \|", PAGE)
     assert protocol == [str(VERSION)]
@@ -114,6 +114,8 @@ def test_kinds() -> None:
         ("`name` a `bin` of 1 to # bytes", messages.MAX_TEXT),
         ("`map` a map of at most # keys", messages.MAX_MAP),
         ("`marks` an array of at most # `[uint, uint]`", messages.MAX_MARKS),
+        ("the `size` bytes, at most #, of the Pieces", messages.MAX_WRITE),
+        ("the bytes; here at most #, so", messages.PIECE),
         ("an array of more than # items", messages.MAX_MARKS),
         ("a map of more than # keys", messages.MAX_MAP),
         ("A frame not whole # s after its first byte", int(session.HALF_FRAME)),

@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from vmr_agent.cli.progress import LONG, Progress
-from vmr_agent.cli.remote import SPAN, Ask, Remote, kind, remote_of
-from vmr_agent.contents import sha256
+from vmr_agent.cli.progress import Progress
+from vmr_agent.cli.remote import Ask, Remote, kind, remote_of
+from vmr_agent.contents import Written, write_all
 from vmr_agent.errors import Problem, show
 from vmr_agent.wire.messages import PIECE
 
+_SPAN = 32 * PIECE  # bytes asked for in one request
 _MOST = 1_000_000  # entries of a tree: ten times what anyone has, and what a VM may make us remember
 _FACTS = ("name", "kind", "size", "mode", "mtime", "id", "target")  # of an entry, as PROTOCOL.md has them
 _LONGEST = 4096  # characters of one of them: a link's target, PATH_MAX
@@ -82,16 +83,19 @@ class _Incoming:
         self._mode = remote.number(facts, "mode") & _MODE
         self._mtime = remote.number(facts, "mtime", least=-(2**63))
         self._at = 0
+        """Up to where it is asked for."""
+        self._written = Written(remote.digest)
         self._flying = 0
         self._asked_all = False
-        self._sha256 = b""
+        self._digest = b""
 
     def asks(self) -> Iterator[Ask]:
         # The digest first: the VM computes it while it sends.
         self._flying += 1
-        yield Ask("digest", {"path": self._path, "id": self._id}, answered=self._take_digest)
+        args = {"path": self._path, "id": self._id, "kind": self._written.kind.encode()}
+        yield Ask("digest", args, answered=self._take_digest)
         while self._at < self._size:
-            start, self._at = self._at, min(self._at + SPAN * PIECE, self._size)
+            start, self._at = self._at, min(self._at + _SPAN, self._size)
             self._flying += 1
             yield self._read(start, self._at)
         self._asked_all = True
@@ -102,14 +106,17 @@ class _Incoming:
         return self._fd < 0
 
     def _read(self, start: int, end: int) -> Ask:
+        args: dict[str, Any] = {"path": self._path, "id": self._id, "offset": start, "end": end}
+
+        def came(at: int, data: memoryview) -> None:
+            if not args["offset"] <= at <= end - len(data):
+                raise self._remote.nonsense("it sends other bytes than were asked for")
+            self._take(at, data)
+            args["offset"] = at + len(data)  # asked again, it is for the rest
+
         def take(result: Mapping[str, Any], data: bytes) -> None:
             at = self._remote.number(result, "at")
-            if data and (at < start or at + len(data) > end):
-                raise self._remote.nonsense("it sends other bytes than were asked for")
-            _write(self._fd, data, at)
-            if result.get("follows") is True:
-                return
-            if at + len(data) < end:
+            if at < end:
                 raise self._remote.nonsense("a file is shorter than it was")
             self._progress.add(end - start)
             skip = min(at, self._size) - self._at
@@ -118,11 +125,15 @@ class _Incoming:
                 self._progress.add(skip)
             self._landed()
 
-        args = {"path": self._path, "id": self._id, "offset": start, "end": end, "all": True}
-        return Ask("read", args, answered=take, most=-(-(end - start) // PIECE))
+        return Ask("read", args, answered=take, came=came, size=max(end - start, PIECE))
+
+    def _take(self, at: int, data: memoryview) -> None:
+        if at < self._written.at or not data:
+            raise self._remote.nonsense("the bytes of a file come in no order")
+        self._written.write(self._fd, data, at)
 
     def _take_digest(self, result: Mapping[str, Any], data: bytes) -> None:
-        self._sha256 = self._remote.bytes(result, "sha256")
+        self._digest = self._remote.bytes(result, "digest")
         self._landed()
 
     def _landed(self) -> None:
@@ -134,9 +145,7 @@ class _Incoming:
         if self._flying or self._fd < 0:
             return
         os.ftruncate(self._fd, self._size)
-        if self._size > LONG:
-            self._progress.note("checking")
-        if sha256(self._fd) != self._sha256:
+        if self._written.digest(self._size) != self._digest:
             raise Problem(
                 f"cannot pull {self._remote.vm}:{show(self._path)}: what arrived is not what is there",
                 hint="was it written to meanwhile?",
@@ -175,14 +184,20 @@ def _pull_file(remote: Remote, facts: Mapping[str, Any], target: bytes, progress
 
 def _pull_unsized(remote: Remote, path: bytes, facts: Mapping[str, Any], fd: int, progress: Progress) -> None:
     """An empty file, or one of the kernel's, as in /proc: they say 0 and end where they end, each time elsewhere."""
-    at = 0
-    while True:
-        _, data = remote.ask("read", path=path, offset=at, end=at + PIECE)
-        if not data:
-            break
-        _write(fd, data, at)
+    at, more = 0, True
+
+    def came(start: int, data: memoryview) -> None:
+        nonlocal at, more
+        if start != at:
+            raise remote.nonsense("the bytes of a file come in no order")
+        write_all(fd, data, at)
         at += len(data)
+        more = bool(data)
         progress.add(len(data))
+
+    while more:
+        more = False
+        remote.all(iter([Ask("read", {"path": path, "offset": at, "end": at + PIECE}, came=came)]))
     os.fchmod(fd, remote.number(facts, "mode") & _MODE)
     _utime(fd, remote.number(facts, "mtime", least=-(2**63)))
     os.close(fd)
@@ -292,12 +307,6 @@ def _facts(remote: Remote, data: bytes) -> Iterator[Mapping[str, Any]]:
 
 
 # --- our own files ---
-
-
-def _write(fd: int, data: bytes, at: int) -> None:
-    while data:
-        taken = os.pwrite(fd, data, at)
-        data, at = data[taken:], at + taken
 
 
 def _sync(path: bytes) -> None:

@@ -15,9 +15,9 @@ from typing import Optional
 
 from vmr_agent.cli.progress import LONG, Progress
 from vmr_agent.cli.remote import Answered, Ask, Remote, kind, part_name, remote_of
-from vmr_agent.contents import Digest, next_data
+from vmr_agent.contents import Digest, next_data, read_data
 from vmr_agent.errors import Problem, show
-from vmr_agent.wire.messages import PIECE
+from vmr_agent.wire.messages import MAX_WRITE, PIECE
 
 
 def push(args: argparse.Namespace) -> int:
@@ -49,7 +49,7 @@ def push(args: argparse.Namespace) -> int:
                 remote.ask("sync")
             else:
                 progress.begin(status.st_size)
-                remote.all(_sending(Entry(b"", status, None), source, part, target, progress))
+                remote.all(_sending(remote, Entry(b"", status, None), source, part, target, progress))
         except BaseException as failed:
             remote.leave("remove", path=part)
             if isinstance(failed, OSError):
@@ -121,7 +121,8 @@ def push_tree(
             elif entry.target is not None:
                 yield Ask("link", {"path": path, "target": entry.target})
             else:
-                yield from _sending(entry, os.path.join(top, entry.inside), path, path, progress, mask=mask)
+                source = os.path.join(top, entry.inside)
+                yield from _sending(remote, entry, source, path, path, progress, mask=mask)
         # Last, and the innermost first: what is put into a directory changes its time.
         for entry in entries[::-1]:
             if entry.is_directory:
@@ -132,7 +133,14 @@ def push_tree(
 
 
 def _sending(
-    entry: Entry, source: bytes, part: bytes, path: bytes, progress: Progress, *, mask: int = 0o7777
+    remote: Remote,
+    entry: Entry,
+    source: bytes,
+    part: bytes,
+    path: bytes,
+    progress: Progress,
+    *,
+    mask: int = 0o7777,
 ) -> Iterator[Ask]:
     """The requests that write one file as ``part`` and place it as ``path``."""
     expected = entry.status
@@ -140,18 +148,20 @@ def _sending(
     try:
         if not os.path.samestat(os.fstat(fd), expected):
             raise Problem(f"cannot push {show(source)}: it has changed meanwhile")
-        digest = Digest()
-        yield Ask("write", {"path": part, "offset": 0, "make": True})  # an empty file is one, too
+        digest, kind = Digest(remote.digest), remote.digest.encode()
+        # An empty file is one, too.
+        yield Ask("write", {"path": part, "offset": 0, "make": True, "kind": kind})
         at = 0
         while at < expected.st_size:
             start = min(next_data(fd, at, expected.st_size), expected.st_size)
             digest.hole(start - at)
             progress.add(start - at)
             at = start
-            data = os.pread(fd, min(PIECE, expected.st_size - at), at)
+            data = read_data(fd, at, min(MAX_WRITE, expected.st_size - at))
             if data:
                 digest.data(data)
-                yield Ask("write", {"path": part, "offset": at}, data, _counting(progress, len(data)))
+                counting, size = _counting(progress, len(data)), max(len(data), PIECE)
+                yield Ask("write", {"path": part, "offset": at}, data, counting, size=size)
                 at += len(data)
             elif at < expected.st_size:
                 break  # cut short; said below
@@ -166,7 +176,8 @@ def _sending(
             "size": status.st_size,
             "mode": status.st_mode & mask,
             "mtime": status.st_mtime_ns,
-            "sha256": digest.digest(),
+            "kind": kind,
+            "digest": digest.digest(),
         }
         if status.st_size > LONG:
             progress.note("the VM checks it and writes it to disk")

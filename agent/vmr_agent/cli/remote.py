@@ -20,15 +20,17 @@ from typing import Any, Callable, Optional
 from vmr_agent import control
 from vmr_agent.cli.collected import collector
 from vmr_agent.cli.progress import Progress
+from vmr_agent.contents import DIGESTS
 from vmr_agent.errors import Problem, show
+from vmr_agent.wire.messages import PIECE
 
-WINDOW = 31  # answers under way, at most: 961 KiB of files, less than what the collector keeps for us unread
-SPAN = 8  # of them to one request, at most
+WINDOW = 2 << 20  # bytes of files under way, at most: half of what the collector keeps for us unread
 PATIENCE = 300.0  # s without any answer: longer than a slow VM's reboot
 _AGAIN = 0.3  # s
 _FAREWELL = 2.0  # s; for tidying up in the VM when all else has failed
 
 Answered = Callable[[Mapping[str, Any], bytes], None]
+Came = Callable[[int, memoryview], None]
 
 
 def _nothing(result: Mapping[str, Any], data: bytes) -> None:
@@ -44,16 +46,15 @@ class Ask:
     """Bytes are bytes on the wire, in the guest and here."""
     data: bytes = b""
     answered: Answered = _nothing
-    most: int = 1
-    """How many answers it may have, one following the other."""
-    heard: int = 0
-    """How many of them have come since it was last asked."""
+    came: Optional[Came] = None
+    """Takes the bytes of a file that come before the answer, from their offset on."""
+    size: int = PIECE
+    """How many bytes of files it has under way, if it is a large one."""
     id: str = field(default_factory=lambda: os.urandom(16).hex())
 
     def ask_again(self) -> None:
-        """Where there are several answers it is another request: some of the first may still be on their way."""
-        self.heard = 0
-        if self.most > 1:
+        """Where bytes come it is another request: some for the first may still be on their way."""
+        if self.came is not None:
             self.id = os.urandom(16).hex()
 
 
@@ -65,6 +66,8 @@ class Remote:
     ) -> None:
         """``waiting`` is told what is waited for, and with nothing that it came."""
         self.vm = vm
+        self.digest = DIGESTS[0]
+        """The kind of digest that the VM is fastest at, once it has answered a `stat`."""
         self._connect, self._verb, self._waiting = connect, verb, waiting
         self._collector = connect()
         self._answered_once = False
@@ -84,7 +87,7 @@ class Remote:
         """
         flying: dict[str, Ask] = {}
         while True:
-            while sum(ask.most for ask in flying.values()) <= WINDOW - SPAN:
+            while sum(ask.size for ask in flying.values()) < WINDOW:
                 ask = next(asks, None)
                 if ask is None:
                     break
@@ -107,7 +110,7 @@ class Remote:
 
     # --- inside ---
 
-    def _take(self, row: Mapping[str, Any], data: bytes, flying: dict[str, Ask]) -> None:
+    def _take(self, row: Mapping[str, Any], data: memoryview, flying: dict[str, Ask]) -> None:
         if row.get("again"):
             if not self._answered_once:
                 raise Problem(f"cannot {self._verb}: {row['error']}")
@@ -118,18 +121,21 @@ class Remote:
         ask = flying.get(str(row["id"]))
         if ask is None:
             return  # to what was given up
-        ask.heard += 1
-        if not row.get("follows"):
-            del flying[ask.id]
-        elif ask.heard >= ask.most:
-            raise self.nonsense("its answers have no end")
         self._answered_once = True
         if self._lost is not None:
             self._lost = None
             self._waiting("")
+        if row.get("follows"):
+            if ask.came is None:
+                raise self.nonsense("it sends bytes where none were asked for")
+            ask.came(self.number(row, "at"), data)
+            return
+        del flying[ask.id]
         if not row.get("ok"):
             raise Problem(f"cannot {self._verb} {self.vm}:{row.get('error')}")
-        ask.answered(row["result"], data)
+        if ask.verb == "stat" and row["result"].get("digest") in DIGESTS:
+            self.digest = row["result"]["digest"]
+        ask.answered(row["result"], bytes(data))
 
     def _go_on(self, flying: dict[str, Ask], reason: str) -> None:
         """Ask again what has no answer, when there is somebody to ask."""

@@ -360,6 +360,7 @@ class Daemon:
     def _act_on(self, event: Event) -> None:
         if isinstance(event, Opened):
             self._shipper.ended()
+            self._files.forget()
             self._log(f"session open with the host ({event.hello.version})")
             self._rows_sent.clear()
             for entry in self._supervisor.roster:
@@ -368,12 +369,17 @@ class Daemon:
         elif isinstance(event, Ended):
             self._log(f"session with the host over: {event.reason}")
             self._shipper.ended()
+            self._files.forget()
         elif isinstance(event, messages.Ack):
             self._take_ack(event)
         elif isinstance(event, messages.Start):
             self._supervisor.start(event.delay, "host")
         elif isinstance(event, messages.Request):
             self._take_request(event)
+        elif isinstance(event, messages.Piece):
+            refusal = self._files.piece(event)
+            if refusal is not None:
+                self._shipper.send(refusal)
 
     def _take_ack(self, ack: messages.Ack) -> None:
         try:

@@ -8,6 +8,7 @@ Over 400 lines: twelve short verbs read as one list.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -17,18 +18,28 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional, Union
 
-from vmr_agent.contents import next_data, sha256
+from vmr_agent.contents import DIGESTS, Written, digest_of, fastest, next_data, read_data, write_all
 from vmr_agent.errors import Problem, show
 from vmr_agent.schedule import is_vmr_directory, parse_start_time, sort_key
-from vmr_agent.wire.messages import PIECE, Reply, Request, Scalar, text
+from vmr_agent.wire.messages import MAX_WRITE, PIECE, Piece, Reply, Request, Scalar, text
 
 Args = Mapping[str, Scalar]
 Result = dict[str, Scalar]
+_AT_ONCE = 8 * PIECE  # bytes of a file read at once
 _READERS = 8  # threads; the host's window asks for more, and under emulation each is slow
+_WRITTEN = 8  # files that are being written, of which the digest is kept; of others it is made at the end
 _LINGER = 5.0  # s that a thread waits for more to do
 _PART = b".part"
+
+
+class _Job(NamedTuple):
+    """What a thread has to do."""
+
+    request: Request
+    pieces: list[bytes]
+    """What is to be written."""
 
 
 class Files:
@@ -42,9 +53,8 @@ class Files:
 
     def __init__(self, launch_dir: bytes) -> None:
         self._launch = launch_dir
-        self._at_once: Mapping[str, Callable[[Args], Result]] = {"stat": self._stat, "stage": self._stage}
+        self._at_once: Mapping[str, Callable[[Args], Result]] = {"stage": self._stage}
         self._in_order: Mapping[str, Callable[[Args], Result]] = {
-            "write": self._write,
             "place": self._place,
             "mkdir": self._mkdir,
             "link": self._link,
@@ -52,13 +62,18 @@ class Files:
             "remove": self._remove,
         }
         self._in_any_order: Mapping[str, Callable[[Args], Result]] = {
+            "stat": self._stat,
             "list": self._list,
             "digest": self._digest,
             "sync": self._sync,
         }
         self._writer = _Workers(1, self._work)
         self._readers = _Workers(_READERS, self._work)
-        self._to_write: list[Request] = []
+        self._to_write: list[_Job] = []
+        self._coming: Optional[_Coming] = None
+        self._written: dict[bytes, tuple[bytes, Written]] = {}
+        """Files that were empty and have been written in order since; only for the thread that writes."""
+        self._fastest = ""
         self._under_way: set[bytes] = set()
         self._done: deque[Reply] = deque()
         self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -67,7 +82,7 @@ class Files:
         return self._woken
 
     def knows(self, verb: str) -> bool:
-        return verb == "read" or any(
+        return verb in ("read", "write") or any(
             verb in verbs for verbs in (self._at_once, self._in_order, self._in_any_order)
         )
 
@@ -76,13 +91,45 @@ class Files:
         at_once = self._at_once.get(request.verb)
         if at_once is not None:
             return _answer(request, at_once)
-        if request.request not in self._under_way:  # else repeated after a lost session: its answer comes
-            self._under_way.add(request.request)
-            if request.verb in self._in_order:
-                self._to_write.append(request)
-            else:
-                self._readers.add([request])
+        if request.request in self._under_way:
+            return None  # repeated after a lost session: its answer comes
+        if request.verb == "write":
+            try:
+                self._coming = _Coming(request)
+            except Problem as problem:
+                return _refusal(request, problem)
+            self._write_if_whole()
+            return None
+        self._under_way.add(request.request)
+        if request.verb in self._in_order:
+            self._to_write.append(_Job(request, []))
+        else:
+            self._readers.add([_Job(request, [])])
         return None
+
+    def piece(self, piece: Piece) -> Optional[Reply]:
+        """Take a part of what is to be written; the answer where it is none."""
+        coming = self._coming
+        if coming is None or coming.request.request != piece.request:
+            return None  # of one that was refused, or is repeated and under way
+        try:
+            coming.take(piece)
+        except Problem as problem:
+            self._coming = None
+            return _refusal(coming.request, problem)
+        self._write_if_whole()
+        return None
+
+    def forget(self) -> None:
+        """The session is over: what has not come whole comes again."""
+        self._coming = None
+
+    def _write_if_whole(self) -> None:
+        coming = self._coming
+        if coming is not None and not coming.missing:
+            self._coming = None
+            self._under_way.add(coming.request.request)
+            self._to_write.append(_Job(coming.request, coming.pieces))
 
     def go(self) -> None:
         """What came together is written together: a thread that wakes for each piece of a file, beside a loop that
@@ -91,11 +138,13 @@ class Files:
             self._writer.add(self._to_write)
             self._to_write = []
 
-    def read(self, request: Request) -> Iterator[Reply]:
-        """The answers to `read`, each made when it is asked for; the file stays open until the last."""
+    def read(self, request: Request) -> Iterator[Union[Piece, Reply]]:
+        """The answer to `read`, each part of it made when it is asked for; the file stays open until the last.
+
+        A Piece here is a stretch of the file: more than one frame has.
+        """
         try:
-            for result in self._read(request.args):
-                yield Reply(request.request, True, "", result)
+            yield from self._read(request)
         except _FAILURES as failure:
             yield _refusal(request, failure)
 
@@ -109,11 +158,13 @@ class Files:
             self._under_way.discard(found[-1].request)
         return found
 
-    def _work(self, requests: list[Request]) -> None:
-        for request in requests:
-            if request.verb != "write":
+    def _work(self, jobs: list[_Job]) -> None:
+        for request, pieces in jobs:
+            if request.verb == "write":
+                act: Callable[[Args], Result] = functools.partial(self._write, pieces=pieces)
+            else:
                 self._tell()  # what was written needs not wait for a digest
-            act = self._in_order.get(request.verb) or self._in_any_order[request.verb]
+                act = self._in_order.get(request.verb) or self._in_any_order[request.verb]
             self._done.append(_answer(request, act))
         self._tell()
 
@@ -128,27 +179,32 @@ class Files:
         try:
             status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
-            return {"path": path, "kind": "nothing"}
-        return {"path": os.path.realpath(path), **_facts(status)}
+            return {"path": path, "kind": "nothing", "digest": self._preferred()}
+        return {"path": os.path.realpath(path), **_facts(status), "digest": self._preferred()}
 
-    def _read(self, args: Args) -> Iterator[Result]:
-        path = self._path(args)
-        offset, end = _number(args, "offset"), _number(args, "end")
-        with _Opened(path, args.get("id")) as file:
-            follows = True
-            while follows:
-                start = next_data(file.fd, offset, file.status.st_size)
-                data = os.pread(file.fd, min(end - start, PIECE), start) if start < end else b""
-                offset = start + len(data)
-                follows = args.get("all") is True and bool(data) and offset < end
+    def _preferred(self) -> bytes:
+        self._fastest = self._fastest or fastest()
+        return self._fastest.encode()
+
+    def _read(self, request: Request) -> Iterator[Union[Piece, Reply]]:
+        args = request.args
+        at, end = _number(args, "offset"), _number(args, "end")
+        with _Opened(self._path(args), args.get("id")) as file:
+            while True:
+                at = next_data(file.fd, at, file.status.st_size)
+                data = read_data(file.fd, at, min(end - at, _AT_ONCE)) if at < end else b""
                 file.check()
-                yield {"at": start, "data": data, **({"follows": True} if follows else {})}
+                if not data:
+                    yield Reply(request.request, True, "", {"at": at})
+                    return
+                yield Piece(request.request, at, data)
+                at += len(data)
 
     def _digest(self, args: Args) -> Result:
         with _Opened(self._path(args), args.get("id")) as file:
-            digest = sha256(file.fd)
+            digest = digest_of(file.fd, _digest_kind(args))
             file.check()
-            return {"sha256": digest}
+            return {"digest": digest}
 
     def _list(self, args: Args) -> Result:
         """A page of a directory, after a name: JSON objects, one a line, names by `os.fsdecode`."""
@@ -171,8 +227,8 @@ class Files:
 
     # --- into the VM ---
 
-    def _write(self, args: Args) -> Result:
-        path, offset, data = self._path(args), _number(args, "offset"), _bytes(args, "data")
+    def _write(self, args: Args, pieces: list[bytes]) -> Result:
+        path, offset = self._path(args), _number(args, "offset")
         # Never through a link, nor into what another user put there: in /tmp anybody can guess the name.
         flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         make = args.get("make") is True
@@ -186,28 +242,50 @@ class Files:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
                 raise Problem(f"{show(path)}: something else is there")
-            while data:
-                taken = os.pwrite(fd, data, offset)
-                data, offset = data[taken:], offset + taken
+            data = memoryview(b"".join(pieces))
+            written = self._written_so_far(path, status)
+            if make and not status.st_size:
+                written = Written(_digest_kind(args))
+            # Cases: what follows; what was written before and is repeated; what fills a hole, or follows what somebody
+            # else has written: then `place` reads the file.
+            if written is None or (offset < written.at and not written.whole):
+                write_all(fd, data, offset)
+                return {}
+            done = max(0, written.at - offset)
+            if done < len(data):
+                written.write(fd, data[done:], offset + done)
+            if len(self._written) == _WRITTEN:
+                del self._written[next(iter(self._written))]
+            self._written[path] = (_same_file(status), written)
         finally:
             os.close(fd)
         return {}
 
+    def _written_so_far(self, path: bytes, status: os.stat_result) -> Optional[Written]:
+        """What is known of a file that nobody else has written to; not kept."""
+        file, written = self._written.pop(path, (None, None))
+        return written if written and (file, written.at) == (_same_file(status), status.st_size) else None
+
     def _place(self, args: Args) -> Result:
         """A written file gets its length, mode and time, and its name once its digest is right."""
         part, path = self._path(args, "part"), self._path(args)
-        size, digest = _number(args, "size"), _bytes(args, "sha256")
+        size, digest, kind = _number(args, "size"), _bytes(args, "digest"), _digest_kind(args)
         try:
             fd = os.open(part, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
-            if _holds(path, digest):
+            if _holds(path, digest, kind):
                 return {}  # placed already, and the host didn't hear of it
             raise
         try:
+            written = self._written_so_far(part, os.fstat(fd))
             os.ftruncate(fd, size)
-            if sha256(fd) != digest:
+            if written is not None and written.kind == kind and written.at <= size:
+                found = written.digest(size)
+            else:
+                found = digest_of(fd, kind)
+            if found != digest:
                 os.unlink(part)
-                if part != path and _holds(path, digest):
+                if part != path and _holds(path, digest, kind):
                     return {}  # likewise; repeated, the first write had made the part anew
                 raise Problem(f"{show(path)}: what arrived is not what was sent: the digests differ")
             os.fchmod(fd, _number(args, "mode"))
@@ -232,7 +310,7 @@ class Files:
         if args.get("mode") is not None:
             os.chmod(path, _number(args, "mode"))
             os.utime(path, ns=(_int(args, "mtime"),) * 2)
-        return {"id": _same_directory(os.lstat(path))}
+        return {"id": _same_file(os.lstat(path))}
 
     def _link(self, args: Args) -> Result:
         path, target = self._path(args), _bytes(args, "target")
@@ -249,7 +327,7 @@ class Files:
         try:
             os.rename(part, path)
         except FileNotFoundError:
-            if not os.path.isdir(path) or _same_directory(os.lstat(path)) != args.get("id"):
+            if not os.path.isdir(path) or _same_file(os.lstat(path)) != args.get("id"):
                 raise
         return {}
 
@@ -309,15 +387,15 @@ class Files:
 class _Workers:
     """Up to so many threads that take what is added, in turn; they end when there has been nothing for a while."""
 
-    def __init__(self, most: int, work: Callable[[list[Request]], None]) -> None:
+    def __init__(self, most: int, work: Callable[[list[_Job]], None]) -> None:
         self._most, self._work = most, work
-        self._jobs: queue.SimpleQueue[list[Request]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[list[_Job]] = queue.SimpleQueue()
         self._threads = self._idle = 0
         self._lock = threading.Lock()
 
-    def add(self, requests: list[Request]) -> None:
+    def add(self, jobs: list[_Job]) -> None:
         with self._lock:
-            self._jobs.put(requests)
+            self._jobs.put(jobs)
             if self._threads == self._most or self._idle >= self._jobs.qsize():
                 return
             self._threads += 1
@@ -329,16 +407,35 @@ class _Workers:
             with self._lock:
                 self._idle += 1
             try:
-                requests = self._jobs.get(timeout=_LINGER)
+                jobs = self._jobs.get(timeout=_LINGER)
             except queue.Empty:
-                requests = []
+                jobs = []
             with self._lock:
                 self._idle -= 1
-                if not requests and self._jobs.empty():
+                if not jobs and self._jobs.empty():
                     self._threads -= 1
                     return
-            if requests:
-                self._work(requests)
+            if jobs:
+                self._work(jobs)
+
+
+class _Coming:
+    """A `write` whose bytes are still to come. Raises Problem for one that can't be."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.pieces: list[bytes] = []
+        self._at = _number(request.args, "offset")
+        self.missing = _number(request.args, "size")
+        if self.missing > MAX_WRITE:
+            raise Problem(f"cannot read the request: {self.missing:,} bytes at once")
+
+    def take(self, piece: Piece) -> None:
+        if piece.at != self._at or len(piece.data) > self.missing:
+            raise Problem("cannot read the request: other bytes come than it says")
+        self.pieces.append(piece.data)
+        self._at += len(piece.data)
+        self.missing -= len(piece.data)
 
 
 class _Opened:
@@ -396,6 +493,14 @@ def _bytes(args: Args, key: str) -> bytes:
     return value
 
 
+def _digest_kind(args: Args) -> str:
+    kind = _bytes(args, "kind")
+    for known in DIGESTS:
+        if kind == known.encode():
+            return known
+    raise Problem(f"cannot read the request: {show(kind)} is no kind of digest")
+
+
 def _int(args: Args, key: str) -> int:
     value = args.get(key)
     if type(value) is not int:
@@ -438,15 +543,15 @@ def _identity(status: os.stat_result) -> bytes:
     return b"%d:%d:%d:%d" % (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _same_directory(status: os.stat_result) -> bytes:
+def _same_file(status: os.stat_result) -> bytes:
     return b"%d:%d" % (status.st_dev, status.st_ino)
 
 
-def _holds(path: bytes, digest: bytes) -> bool:
+def _holds(path: bytes, digest: bytes, kind: str) -> bool:
     """Whether the file at ``path`` is the one of this digest."""
     try:
         with _Opened(path, None) as file:
-            return sha256(file.fd) == digest
+            return digest_of(file.fd, kind) == digest
     except (OSError, Problem):
         return False
 

@@ -21,7 +21,8 @@ _STRANGER = 10.0  # s; a port that talks for so long and says no Hello leads to 
 _ROOM = 1.0  # s; a port that was full is tried again, for kernels 5.15 to 6.15 can lose the wake-up
 _QUEUED = 20_000  # messages to the host; more is a host that asks and doesn't read, which then isn't heard
 _BURST = 64  # writes done, and reads taken, before the loop looks at the rest
-_JOINED = 16  # frames in one write, at most
+_JOINED = 16  # frames written at once, at most
+_TOGETHER = 8  # writes done by one call, at most
 # s; the same where they take their time, so that a line beside a flood is not late by all of them.
 _SLICE = 0.03
 
@@ -152,36 +153,45 @@ class Link:
             self._heed(event)
 
     def _write(self) -> bool:
-        """Write a frame, or several small ones, for a write costs a slow VM a millisecond. False when there is none,
-        or no room for all of it."""
+        """Write some frames at once, for a write costs a slow VM a millisecond. False when there are none, or no room
+        for all of them."""
         if self._port.state is not PortState.UP:
             return False
+        writes, failure = self._gather()
+        taken = self._port.write(writes) if writes else 0
+        for number, data in enumerate(writes):
+            if taken < len(data):
+                self._blocked = True
+                self._outbox.extendleft(reversed([memoryview(data)[taken:], *writes[number + 1 :]]))
+                break
+            taken -= len(data)
+        if failure is not None:
+            raise failure
+        return bool(writes) and not self._blocked
+
+    def _gather(self) -> tuple[list[Union[bytes, memoryview]], Optional[OSError]]:
+        """What to write next, each as much as the port takes in one write: a large frame, or several small ones."""
+        writes: list[Union[bytes, memoryview]] = []
         frames: list[Union[bytes, memoryview]] = []
         room = framing.MAX_FRAME
         failure: Optional[OSError] = None
-        while len(frames) < _JOINED:
+        for _ in range(_JOINED):
             try:
                 if not self._outbox and not self._fetch():
                     break
             except OSError as error:
                 failure = error  # one run can't be read; what was taken up to it has its numbers, and must go
                 break
+            if len(self._outbox[0]) > room:
+                writes.append(b"".join(frames) if len(frames) > 1 else frames[0])
+                frames, room = [], framing.MAX_FRAME
+                if len(writes) == _TOGETHER:
+                    break
             room -= len(self._outbox[0])
-            if room < 0:
-                break
             frames.append(self._outbox.popleft())
-        if not frames:
-            if failure is not None:
-                raise failure
-            return False
-        data = frames[0] if len(frames) == 1 else b"".join(frames)
-        taken = self._port.write(data)
-        if taken < len(data):
-            self._blocked = True
-            self._outbox.appendleft(memoryview(data)[taken:])
-        if failure is not None:
-            raise failure
-        return taken == len(data)
+        if frames:
+            writes.append(b"".join(frames) if len(frames) > 1 else frames[0])
+        return writes, failure
 
     def _fetch(self) -> bool:
         """Have the shipper's next frames in the outbox, if it has any."""

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional, Union
 
@@ -118,13 +119,15 @@ class Port:
             self._judge()  # not an end of file: the host is away, until it comes back
         return data
 
-    def write(self, data: Union[bytes, memoryview]) -> int:
+    def write(self, frames: Sequence[Union[bytes, memoryview]]) -> int:
         """How many bytes were taken; 0 when there is no room, or :attr:`state` is no longer ``UP``.
+
+        A virtio port takes each frame as by a write of its own, up to one that it takes in part or not at all.
 
         Taken is not delivered: a host that leaves drops up to 4 MiB that the guest saw accepted.
         """
         try:
-            return os.write(self._fd, data)  # can return 0, which means what EAGAIN means
+            return os.writev(self._fd, frames)  # can return 0, which means what EAGAIN means
         except BlockingIOError:
             if self._socket is None:
                 self._judge()

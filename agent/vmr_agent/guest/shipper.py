@@ -72,7 +72,11 @@ class Shipper:
         self._launch_dir = launch_dir
         self._window = window
         self._control: deque[messages.Message] = deque()
-        self._pieces: deque[Iterator[messages.Message]] = deque()
+        self._pieces: deque[Iterator[Union[messages.Piece, messages.Reply]]] = deque()
+        self._stretch: Optional[messages.Piece] = None
+        """The one that was made last, while some of it isn't sent,"""
+        self._cut = 0
+        """from here on."""
         self._pieces_turn = False
         self._deliveries: dict[RunId, _Delivery] = {}
         # Runs that may have something to say: a deque for the turns, a set so that each is in it once.
@@ -103,8 +107,8 @@ class Shipper:
         """Queue a control message for this session."""
         self._control.append(message)
 
-    def send_pieces(self, pieces: Iterator[messages.Message]) -> None:
-        """Queue messages as large as output, each made when its turn comes: one frame of output, one of these."""
+    def send_pieces(self, pieces: Iterator[Union[messages.Piece, messages.Reply]]) -> None:
+        """Queue stretches of a file, each made when its turn comes: one frame of output, one of these."""
         self._pieces.append(pieces)
 
     def queued(self) -> int:
@@ -135,6 +139,7 @@ class Shipper:
         """The session is over: what was not acknowledged in it is sent again in the next."""
         self._control.clear()
         self._pieces.clear()
+        self._stretch = None
         self._in_flight = 0
         for delivery in self._deliveries.values():
             delivery.forget_session()
@@ -187,12 +192,22 @@ class Shipper:
     # --- inside ---
 
     def _next_piece(self, session: Session) -> list[bytes]:
-        while self._pieces:
-            piece = next(self._pieces[0], None)
-            if piece is not None:
-                return [session.frame(piece)]
-            self._pieces.popleft()
-        return []
+        while self._stretch is None and self._pieces:
+            made = next(self._pieces[0], None)
+            if isinstance(made, messages.Piece):
+                self._stretch, self._cut = made, 0
+            elif made is not None:
+                return [session.frame(made)]
+            else:
+                self._pieces.popleft()
+        if self._stretch is None:
+            return []
+        request, at, data = self._stretch
+        start = self._cut
+        self._cut = start + messages.PIECE if self._turns else len(data)
+        if self._cut >= len(data):
+            self._stretch = None
+        return session.piece_frames(request, at + start, memoryview(data)[start : self._cut])
 
     def _next_output(self, session: Session) -> list[bytes]:
         for _ in range(len(self._turns)):

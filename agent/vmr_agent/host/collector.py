@@ -59,6 +59,7 @@ LIVES = 100  # at once, then one in ten seconds: each is a directory, and to beg
 LINES = 40  # here, of one VM, at once; then one a second
 MAX_ROWS = 20_000  # VMRs of one VM kept in memory: twice the most anyone stages
 MAX_DELAY = 1e9  # s to time zero, 30 years: one that a guest can count in ns
+UNREAD = 4 << 20  # bytes that a command leaves unread, at most: twice what one that pulls asks for at once
 MEASURE = 5.0  # s between looks for room, of a VM over its quota
 _REPLY = 30.0  # s; a guest that has not answered a request by then won't
 _UNHEARD = "connected, but vmr-agent is not heard"
@@ -114,7 +115,7 @@ class Guest:
         self.health: Mapping[str, Any] = {}
         self._collector = collector
         self._session = Session(Role.HOST, introduce=_introduce, beat=_beat, make_id=lambda: os.urandom(8))
-        self.relay = Relay(self.send, lambda: self.online and self.chardev.full)
+        self.relay = Relay(self.send, self._send_pieces, lambda: self.online and self.chardev.full)
         self.chardev = Chardev(
             source.path,
             poll=collector.poll,
@@ -180,6 +181,10 @@ class Guest:
             return False
         self.chardev.write(self._session.frame(message))
         return True
+
+    def _send_pieces(self, request: bytes, at: int, data: bytes) -> None:
+        if self._session.open:
+            self.chardev.write(*self._session.piece_frames(request, at, data))
 
     def request(
         self, verb: str, args: Mapping[str, messages.Scalar], answer: Callable[[messages.Reply], None]
@@ -278,6 +283,7 @@ class Guest:
                     self.chardev.pause()
                 asyncio.get_running_loop().call_soon(self._go_on)
                 break
+        self.relay.flush()
         self._write()
 
     def _go_on(self) -> None:
@@ -381,6 +387,8 @@ class Guest:
             self.store.output(event)
             self._hold_line(event)
             self._collector.want_sweep(self.store.unsynced_bytes() >= SWEEP_BYTES)
+        elif isinstance(event, messages.Piece):
+            self.relay.piece(event)
         elif isinstance(event, messages.Run):
             ack = self.store.run(event)
             self._announced.add(event.run)
@@ -789,7 +797,7 @@ class Collector:
         if not control.may_ask(sock) or len(self._clients) >= control.MAX_CLIENTS:
             sock.close()
             return
-        client = control.Client(sock)
+        client = control.Client(sock, UNREAD)
         self._clients.add(client)
         self._attend(client)
 
@@ -807,30 +815,33 @@ class Collector:
         that another ``follows`` is not the last."""
         client.owed += 1
 
-        def pay(row: Mapping[str, Any], data: bytes = b"") -> None:
+        def pay(row: Mapping[str, Any], *data: bytes) -> None:
             client.owed -= not row.get("follows")
-            self._tell(client, row, data)
+            self._tell(client, row, *data)
 
         return pay
 
-    def _tell(self, client: control.Client, row: Mapping[str, Any], data: bytes = b"") -> None:
+    def _tell(self, client: control.Client, row: Mapping[str, Any], *data: bytes) -> None:
         if client in self._clients:
-            client.say(row, data)
+            client.say(row, *data)
             self._attend(client)
 
     def _attend(self, client: control.Client) -> None:
         """Wait for what the client may do next, or let it go."""
         if client not in self._clients:
             return
-        loop = asyncio.get_running_loop()
-        if client.events & selectors.EVENT_READ:
-            loop.add_reader(client.sock, self._serve, client)
-        else:
-            loop.remove_reader(client.sock)
-        if client.events & selectors.EVENT_WRITE:
-            loop.add_writer(client.sock, self._serve, client)
-        else:
-            loop.remove_writer(client.sock)
+        events = client.events
+        if events != client.attended:
+            client.attended = events
+            loop = asyncio.get_running_loop()
+            if events & selectors.EVENT_READ:
+                loop.add_reader(client.sock, self._serve, client)
+            else:
+                loop.remove_reader(client.sock)
+            if events & selectors.EVENT_WRITE:
+                loop.add_writer(client.sock, self._serve, client)
+            else:
+                loop.remove_writer(client.sock)
         if client.over:
             self._drop(client)
 

@@ -11,11 +11,12 @@ import os
 from collections.abc import Mapping
 from typing import Any, Callable
 
+from vmr_agent import control
 from vmr_agent.errors import Problem, show
 from vmr_agent.wire import framing, messages
 
-Answer = Callable[[Mapping[str, Any], bytes], None]
-"""Tells the command: a row, and the bytes of a file that follow it."""
+Answer = Callable[..., None]
+"""Tells the command: a row, and the bytes of a file that follow it, in one part or several."""
 
 VERBS = frozenset(
     ("stat", "list", "read", "digest", "write", "place", "mkdir", "link", "rename", "remove", "sync", "stage")
@@ -29,12 +30,21 @@ class Relay:
     is no room is held back here: a command asks no more before it is answered.
     """
 
-    def __init__(self, send: Callable[[messages.Message], bool], full: Callable[[], bool]) -> None:
-        """``full``: whether a request should wait; :meth:`go_on` is to be called when that has changed."""
-        self._send, self._full = send, full
+    def __init__(
+        self,
+        send: Callable[[messages.Message], bool],
+        send_pieces: Callable[[bytes, int, bytes], object],
+        full: Callable[[], bool],
+    ) -> None:
+        """``send_pieces``: sends what a request, by its id, has of a file from an offset on. ``full``: whether a
+        request should wait; :meth:`go_on` is to be called when that has changed."""
+        self._send, self._send_pieces, self._full = send, send_pieces, full
         self._asked: dict[bytes, Answer] = {}
-        self._held: dict[bytes, messages.Request] = {}
-        """Those of them that are not sent yet, in their order."""
+        self._held: dict[bytes, tuple[messages.Request, bytes]] = {}
+        """Those of them that are not sent yet, in their order, with what they are to write."""
+        self._pieces: list[messages.Piece] = []
+        """Of one request, one following the other, not passed back yet."""
+        self._size = 0
 
     def ask(self, row: Mapping[str, Any], data: bytes, answer: Answer, offline: str) -> None:
         """Pass a request on; ``offline`` says why that can't be when it can't.
@@ -43,26 +53,45 @@ class Relay:
         and ``args``, in which text stands for bytes, by `os.fsdecode`.
         """
         request = _request(row, data)
-        if self._held or self._full():
-            self._held[request.request] = request
-        elif not self._send(request):
-            answer({"id": row["id"], "ok": False, "again": True, "error": offline}, b"")
-            return
         self._asked[request.request] = answer
+        if self._held or self._full():
+            self._held[request.request] = (request, data)
+        elif not self._pass_on(request, data) and self._asked.pop(request.request, None) is not None:
+            # Else the session has ended meanwhile, and it is answered already.
+            answer({"id": row["id"], "ok": False, "again": True, "error": offline})
 
     def go_on(self) -> None:
         """There is room again, for some."""
         while self._held and not self._full():
-            self._send(self._held.pop(next(iter(self._held))))
+            self._pass_on(*self._held.pop(next(iter(self._held))))
+
+    def piece(self, piece: messages.Piece) -> None:
+        """Bytes of a file, which :meth:`flush` passes back with those that follow them."""
+        if piece.request not in self._asked:
+            return
+        if self._pieces:
+            last = self._pieces[-1]
+            follows = (last.request, last.at + len(last.data)) == (piece.request, piece.at)
+            if not follows or self._size > control.MAX_DATA - messages.PIECE:
+                self.flush()
+        self._pieces.append(piece)
+        self._size += len(piece.data)
+
+    def flush(self) -> None:
+        """To be called when all that has come by now is taken."""
+        if self._pieces:
+            pieces, self._pieces, self._size = self._pieces, [], 0
+            first = pieces[0]
+            row = {"id": first.request.hex(), "ok": True, "follows": True, "at": first.at}
+            self._asked[first.request](row, *(each.data for each in pieces))
 
     def take(self, reply: messages.Reply) -> bool:
         """Pass a reply back; False when it answers nothing of this."""
         answer = self._asked.get(reply.request)
         if answer is None:
             return False
-        follows = reply.ok and reply.result.get("follows") is True
-        if not follows:
-            del self._asked[reply.request]
+        self.flush()
+        del self._asked[reply.request]
         data = reply.result.get("data")
         result = {
             key: os.fsdecode(value) if isinstance(value, bytes) else value
@@ -74,17 +103,26 @@ class Relay:
             "ok": reply.ok,
             "error": show(reply.error.encode()),
             "result": result,
-            "follows": follows,
         }
         answer(row, data if isinstance(data, bytes) else b"")
         return True
 
     def ended(self, reason: str) -> None:
         """The session is over: what it hasn't answered is to be asked again."""
+        self.flush()
         self._held.clear()
         asked, self._asked = self._asked, {}
         for request, answer in asked.items():
-            answer({"id": request.hex(), "ok": False, "again": True, "error": reason}, b"")
+            answer({"id": request.hex(), "ok": False, "again": True, "error": reason})
+
+    def _pass_on(self, request: messages.Request, data: bytes) -> bool:
+        if not self._send(request):
+            return False
+        if data:
+            offset = request.args["offset"]
+            assert isinstance(offset, int)
+            self._send_pieces(request.request, offset, data)
+        return True
 
 
 def _request(row: Mapping[str, Any], data: bytes) -> messages.Request:
@@ -96,7 +134,10 @@ def _request(row: Mapping[str, Any], data: bytes) -> messages.Request:
             key: os.fsencode(value) if isinstance(value, str) else value for key, value in given.items()
         }
         if verb == "write":
-            args["data"] = data
+            args["size"] = len(data)
+            offset = args.get("offset")
+            if type(offset) is not int or not 0 <= offset <= messages.MAX_INT - len(data):
+                raise Problem("cannot read the request: no offset to write at")
         request = messages.Request(request=bytes.fromhex(str(row.get("id"))), verb=verb, args=args)
         size = len(messages.pack(request, to=bytes(8), n=messages.MAX_INT))
     except ValueError as error:

@@ -3,7 +3,7 @@
 The only importer of msgpack. It must not know: frames, sessions, what a message makes anybody do.
 `PROTOCOL.md` is the agreement; the kinds below are its kinds, and a test holds its tables against these
 classes. Named tuples, for dataclasses take the guest 2 MB and, in a slow VM, a third of a second to make.
-Over 400 lines: twelve messages, each with its fields, are read as one list.
+Over 400 lines: thirteen messages, each with its fields, are read as one list.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ MAX_TEXT = 4_096  # PATH_MAX: no name Linux takes is longer, and no sentence sho
 MAX_MARKS = 2_048  # items of any array; more reads, a byte each, fit into no frame
 MAX_MAP = 256  # keys of any map
 MAX_INT = 2**63 - 1
-PIECE = 31 * 1024  # bytes of a file in one Request or Reply: with all else in it, it fits into a frame
+PIECE = 31 * 1024  # bytes of a file in one frame: with all else in it, they fit
+MAX_WRITE = 8 * PIECE  # bytes of a file in one request
 
 
 class Malformed(ValueError):
@@ -269,17 +270,27 @@ class Reply(NamedTuple):
     result: Map
 
 
+class Piece(NamedTuple):
+    """Bytes of a file from ``at``: part of the answer to a :class:`Request`, or of what it asks to write."""
+
+    request: Bin16
+    at: Uint
+    data: Bin
+
+
 class Unknown(NamedTuple):
     """A message of a type this version doesn't know; counted and skipped. Never sent."""
 
     type: str
 
 
-Message = Union[Hello, Heartbeat, Vmr, Run, Output, Gap, Exit, Closed, Ack, Start, Request, Reply, Unknown]
+Message = Union[
+    Hello, Heartbeat, Vmr, Run, Output, Gap, Exit, Closed, Ack, Start, Request, Reply, Piece, Unknown
+]
 
 TYPES: Mapping[str, Any] = {
     cls.__name__.lower(): cls
-    for cls in (Hello, Heartbeat, Vmr, Run, Output, Gap, Exit, Closed, Ack, Start, Request, Reply)
+    for cls in (Hello, Heartbeat, Vmr, Run, Output, Gap, Exit, Closed, Ack, Start, Request, Reply, Piece)
 }
 
 
@@ -357,10 +368,13 @@ def unpack(payload: bytes) -> Envelope:
 
     Raises :class:`MalformedMessage` where ``to`` and ``n`` could still be read: that frame used up its ``n``.
     """
+    envelope = None
     if payload.startswith(_OUTPUT_START):
         envelope = _unpack_output(payload)
-        if envelope is not None:
-            return envelope
+    elif payload.startswith(_PIECE_START):
+        envelope = _unpack_piece(payload)
+    if envelope is not None:
+        return envelope
     try:
         row = msgpack.unpackb(
             payload,
@@ -514,3 +528,25 @@ OUTPUT_HEAD = len(output_head(bytes(16), 1, 0, False, (), 0, to=bytes(8), n=0))
 """Bytes of an Output's payload besides its data and its marks."""
 OUTPUT_MARK = _MARK.size
 """Bytes one mark takes."""
+
+_PIECE = struct.Struct(">17s8s3sQ10s16s4sQ6sH")
+_PIECE_START = b"\x86\xa4type\xa5piece\xa2to\xc4\x08"
+_PIECE_KEYS = (b"\xa1n\xcf", b"\xa7request\xc4\x10", b"\xa2at\xcf", b"\xa4data\xc5")
+
+
+def piece_head(request: bytes, at: int, length: int, *, to: bytes, n: int) -> bytes:
+    """All of a Piece's payload but its last ``length`` bytes, which are the data themselves."""
+    first, second, third, last = _PIECE_KEYS
+    return _PIECE.pack(_PIECE_START, to, first, n, second, request, third, at, last, length)
+
+
+def _unpack_piece(payload: bytes) -> Optional[Envelope]:
+    """A Piece as :func:`piece_head` begins it, at half of what any other form of one takes; else None."""
+    if len(payload) < _PIECE.size:
+        return None
+    _, to, first, n, second, request, third, at, last, length = _PIECE.unpack_from(payload)
+    if (first, second, third, last) != _PIECE_KEYS or n > MAX_INT or at > MAX_INT:
+        return None
+    if len(payload) != _PIECE.size + length:
+        return None
+    return Envelope(Piece(request, at, payload[_PIECE.size :]), to, n)

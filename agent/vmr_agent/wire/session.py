@@ -190,6 +190,16 @@ class Session:
         head = messages.output_head(run, stream, offset, more, marks, len(data), to=to, n=n)
         return framing.encode(head, data)
 
+    def piece_frames(self, request: bytes, at: int, data: Union[bytes, memoryview]) -> list[bytes]:
+        """The frames of as many Pieces as ``data`` takes, likewise."""
+        view, frames = memoryview(data), []
+        for start in range(0, len(view), messages.PIECE):
+            piece = view[start : start + messages.PIECE]
+            to, n = self._number()
+            head = messages.piece_head(request, at + start, len(piece), to=to, n=n)
+            frames.append(framing.encode(head, piece))
+        return frames
+
     def beat(self, now: float) -> None:
         """Send a Heartbeat now, because something in it changed."""
         if self.open:

@@ -373,6 +373,8 @@ def each_message() -> None:
         g.say("closed", run=RUN, stdout=11, stderr=1_000_004, reason=""),
         g.say("reply", request=ASK, ok=True, error="", result={"run": RUN2, "attempt": 2}),
         g.say("reply", request=ASK, ok=False, error="There is no such VMR.", result={}),
+        g.say("piece", request=ASK, at=31_744, data=b"\xff\x00\n"),
+        g.say("reply", request=ASK, ok=True, error="", result={"at": 31_747}),
     )
     h = Counted(GUEST)
     add(
@@ -394,6 +396,8 @@ def each_message() -> None:
         h.say("request", request=ASK, verb="hold", args={}),
         h.say("request", request=ASK, verb="resume", args={}),
         h.say("request", request=ASK, verb="diverged", args={"reason": "boottime went back"}),
+        h.say("request", request=ASK, verb="write", args={"path": b"/x", "offset": 0, "size": 2}),
+        h.say("piece", request=ASK, at=0, data=b"ab"),
     )
 
 
@@ -684,6 +688,8 @@ def other_things() -> None:
         h.wrong("args are nil", "request", request=ASK, verb="hold", args=None),
         h.wrong("args hold an array", "request", request=ASK, verb="kill", args={"run": [RUN]}),
         h.wrong("request is empty", "request", request=b"", verb="hold", args={}),
+        h.wrong("a piece at 2^63", "piece", request=ASK, at=2**63, data=b"x"),
+        h.wrong("a piece of nothing", "piece", request=ASK, at=0, data=None),
         h.say("heartbeat", wall=WALL),
     )
     row = {"type": "heartbeat", "wall": WALL}
