@@ -23,7 +23,7 @@ from vmr_agent.errors import Problem
 
 SOCKET = "control"
 _MAX_LINE = 64 * 1024
-MAX_DATA = 1 << 18  # bytes that follow a request's line
+MAX_DATA = 1 << 19  # bytes that follow a request's line
 MAX_CLIENTS = 64
 _MAX_UNREAD = 1 << 20  # bytes; a client that left more than this unread is told nothing else, but let go
 _FIRST = 16 * 1024  # bytes of room for what comes; more where it is needed

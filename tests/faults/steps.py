@@ -23,6 +23,7 @@ HOOK = Path(__file__).resolve().parent / "hook"
 _OS = {
     *(
         "write",
+        "writev",
         "pwrite",
         "fsync",
         "fdatasync",
@@ -75,7 +76,7 @@ def _durable(call: ast.Call) -> bool:
     if owner == "os":
         creates = name == "open" and ("O_CREAT" in ast.unparse(call) or "flags" in ast.unparse(call))
         return name in _OS or creates
-    if name == "send":
+    if name in ("send", "sendmsg"):
         return owner.endswith(("_orders", "_sock"))
     if name in _OF_PATHS:
         return owner != "self" and "directory" not in owner.split(".")[-1:]

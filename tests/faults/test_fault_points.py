@@ -131,7 +131,7 @@ DAEMON = (
     "spool.Spool._repair_open rmtree",
     "spool.Spool._repair_open unlink",
     "runner.Runner._order send",
-    "port.Port.write write",
+    "port.Port.write writev",
 )
 FULL_DAEMON = (
     "spool.Run.prune rmtree",
@@ -180,7 +180,7 @@ COLLECTOR = (
     "journal.write_all write",
     "journal.write_all pwrite",
     "renderer.RendererProcess.wake write",
-    "chardev.Chardev._send send",
+    "chardev.Chardev._send sendmsg",
     "chardev._listen unlink",
 )
 RARE_COLLECTOR = (

@@ -7,6 +7,7 @@ the whole ring, a guest that closes throws away what it has not read, nobody see
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Callable, Optional, Union
 
 from tests.sim.tasks import SECOND, Clock
@@ -175,7 +176,16 @@ class Port:
     def read(self) -> bytes:
         return self._channel.read()
 
-    def write(self, data: Union[bytes, memoryview]) -> int:
+    def write(self, frames: Sequence[Union[bytes, memoryview]]) -> int:
+        total = 0
+        for frame in frames:
+            taken = self._write(frame)
+            total += taken
+            if taken < len(frame):
+                break
+        return total
+
+    def _write(self, data: Union[bytes, memoryview]) -> int:
         if self._channel.lose_to_host and not self._taken.pending:
             self._channel.lose_to_host -= 1
             taken = len(data)
@@ -240,7 +250,11 @@ class Chardev:
         self._channel.clock.after(self._retry, lambda: self._call(self._connect))
         self._retry = min(2 * self._retry, 1.0)
 
-    def write(self, frame: bytes) -> None:
+    def write(self, *frames: bytes) -> None:
+        for frame in frames:
+            self._write(frame)
+
+    def _write(self, frame: bytes) -> None:
         if self._up:
             self._sent(frame)
             if self._channel.lose_to_guest:

@@ -883,6 +883,9 @@ class Files:
     def go(self) -> None:
         pass
 
+    def forget(self) -> None:
+        pass
+
 
 def _patch(vm: Vm, process: Process) -> None:
     """Put the simulation in the place of what the guest's modules import."""

@@ -21,8 +21,8 @@ from typing import Callable, Optional, Union
 from vmr_agent.errors import Problem
 
 RETRY_FIRST, RETRY_LAST = 0.1, 1.0  # s between attempts to connect
-UNREAD = 1 << 20  # bytes the guest may leave unread: what is meant for it is small, and all is said again
-ROOM = UNREAD // 2  # bytes; beyond so much unread requests about files wait: two who push ask for all of it
+UNREAD = 1 << 21  # bytes the guest may leave unread: all is said again
+ROOM = UNREAD // 4  # bytes; beyond so much unread requests about files wait: two who push ask for all of it
 _TAKEN = memoryview(bytearray(1 << 18))  # what is taken at once, of one VM after the other
 _JOINED = 16  # frames, in one write
 TURN = 64  # sockets read before the loop's other work has its turn

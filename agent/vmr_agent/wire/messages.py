@@ -20,7 +20,7 @@ MAX_MARKS = 2_048  # items of any array; more reads, a byte each, fit into no fr
 MAX_MAP = 256  # keys of any map
 MAX_INT = 2**63 - 1
 PIECE = 31 * 1024  # bytes of a file in one frame: with all else in it, they fit
-MAX_WRITE = 8 * PIECE  # bytes of a file in one request
+MAX_WRITE = 16 * PIECE  # bytes of a file in one request
 
 
 class Malformed(ValueError):
