@@ -17,6 +17,7 @@ from typing import Any, Callable, Optional, Union
 
 import pytest
 
+from tests.e2e.relay import Relay
 from tests.e2e.world import World, until
 
 MIB = 1 << 20
@@ -209,6 +210,38 @@ def test_a_transfer_goes_on_after_a_disconnect(up: World, verb: str, who: str, r
     code, said = end(process)
     assert code == 0, said
     assert same(target / "file", source) and parts(target) == []
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["cut", "said and not heard"])
+@pytest.mark.parametrize("verb", ["pull", "push"])
+def test_a_transfer_goes_on_after_several_sessions_cut_at_any_moment(
+    world: World, verb: str, lost: bool, room: Path
+) -> None:
+    """Bytes come again, answers never came, and there is a hole in the middle."""
+    source, target = made(room, size=40 * MIB), directory(room / "target")
+    with source.open("r+b") as file:
+        file.truncate(60 * MIB)
+        file.seek(80 * MIB)
+        file.write(os.urandom(10 * MIB))
+    relay = Relay(world.sockets / "relay", world.port)
+    try:
+        world.start_collector()
+        until(world.port.exists, "the collector listens")
+        world.start_daemon("--port", f"unix:{world.sockets / 'relay'}")
+        online(world)
+        process = begin(world, verb, source, "Server", target)
+        for size in (1, 9, 20, 33, 43):
+            until(half_there(target, size * MIB), f"{size} MiB are there")
+            if lost:
+                relay.swallowing.set()
+                time.sleep(0.05)
+            relay.cut()
+        code, said = end(process)
+        assert code == 0, said
+    finally:
+        relay.close()
+    assert same(target / "file", source) and parts(target) == []
+    assert (target / "file").stat().st_blocks * 512 < 52 * MIB
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
