@@ -1,4 +1,4 @@
-"""What lives here: a file's contents, for both ends of a transfer: where its data are, and their digest.
+"""What lives here: a file's contents, for both ends of a transfer: where its data are, what is written, its digest.
 
 It must not know: transfers, paths.
 """
@@ -95,11 +95,12 @@ def fastest() -> str:
     took = {}
     for kind in DIGESTS:
         times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            Digest(kind).data(_ZEROS[: 1 << 16])
-            times.append(time.perf_counter() - began)
-        took[kind] = min(times)
+        with suppress(ValueError):  # a Python without it
+            for _ in range(3):
+                began = time.perf_counter()
+                Digest(kind).data(_ZEROS[: 1 << 16])
+                times.append(time.perf_counter() - began)
+            took[kind] = min(times)
     return min(took, key=took.__getitem__)
 
 

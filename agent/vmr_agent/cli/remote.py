@@ -24,7 +24,9 @@ from vmr_agent.contents import DIGESTS
 from vmr_agent.errors import Problem, show
 from vmr_agent.wire.messages import PIECE
 
-WINDOW = 2 << 20  # bytes of files under way, at most: half of what the collector keeps for us unread
+WINDOW = (
+    2 << 20
+)  # bytes of files under way; with one request more, less than what the collector keeps for us unread
 PATIENCE = 300.0  # s without any answer: longer than a slow VM's reboot
 _AGAIN = 0.3  # s
 _FAREWELL = 2.0  # s; for tidying up in the VM when all else has failed
