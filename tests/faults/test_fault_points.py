@@ -186,7 +186,7 @@ COLLECTOR = (
 RARE_COLLECTOR = (
     "logstore.LogStore._begin_life rename",
     "logstore.LogStore._sync_now sync",
-    "life.Life.append _write_waiting",
+    "life.Life._append _write_waiting",
     "life.Life.finish_sync replace_file",
     "life.Life.seal fdatasync",
     "life.Life.recover ftruncate",
