@@ -20,7 +20,7 @@ from tests.fuzz.given import Given
 from vmr_agent.host import collector
 from vmr_agent.host.logstore import LogStore
 from vmr_agent.host.vmlogs import RawFiles, VmLogs
-from vmr_agent.runs import RunState, run_path
+from vmr_agent.runs import RunState
 from vmr_agent.wire import framing, messages
 from vmr_agent.wire.session import PROTOCOL
 
@@ -101,6 +101,7 @@ class _Played:
         self.offset = 0
         self.acked: dict[bytes, messages.Ack] = {}
         self.stored: dict[bytes, tuple[bytes, bytes]] = {}
+        self.paths: dict[tuple[int, bytes], str] = {}
         self.life = 0
         self.start()
 
@@ -215,8 +216,10 @@ class _Played:
         life = self.store._life
         if life is None:
             return None
-        known, over = life._runs.get(run), life._finished.get(run)
-        return known.path if known is not None else run_path(*over[0]) if over is not None else None
+        known = life._runs.get(run)
+        if known is not None:
+            self.paths[life.number, run] = known.path
+        return self.paths.get((life.number, run))
 
     def raw(self, where: str, name: str) -> Any:
         path = self.logs / "vm" / where / name

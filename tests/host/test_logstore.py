@@ -806,6 +806,69 @@ def test_a_damaged_checkpoint_only_costs_time(tmp_path: Path, damage: bytes) -> 
         assert store.run(said.run()).stdout == 3
 
 
+def test_an_earlier_versions_checkpoint_only_costs_time(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        finish(store, 1)
+    state = {"life": 1, "journal": 200, "hello": None, "skew": 0, "runs": [], "over": []}
+    (tmp_path / "vm1" / ".checkpoint").write_bytes(pack_record(0, json.dumps(state).encode()))
+    with opened(tmp_path) as store:
+        assert store.run(said.run(b"-4/a.sh", run=b"\1" * 16)).state == RunState.CLOSED
+
+
+def finish(store: LogStore, attempt: int) -> None:
+    """A whole run, from its start to its last Ack."""
+    run = bytes((attempt,)) * 16
+    store.run(said.run(b"-4/a.sh", run=run, attempt=attempt))
+    store.output(said.output(b"abc")._replace(run=run))
+    store.exit(said.exit(3)._replace(run=run))
+    store.closed(said.closed(3)._replace(run=run))
+    assert store.sync()[-1] == messages.Ack(run, RunState.CLOSED, 3, 0)
+
+
+@pytest.mark.parametrize("every", [1, 7, 4_096])
+def test_a_start_knows_all_runs_that_are_over_and_touches_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """However often a checkpoint was written, the collector was killed and what is over was tidied up."""
+    monkeypatch.setattr(life, "CHECKPOINT_RECORDS", every)
+    count = 12
+    inodes = {}
+    for attempt in range(1, count + 1):
+        store = LogStore(tmp_path, "vm1", log=ignore)
+        store.life(said.hello(), T)
+        finish(store, attempt)
+        crash(store)
+        row = tmp_path / "vm1/-4/a.sh" / str(attempt) / "result.json"
+        inodes[row] = row.stat().st_ino
+    assert (tmp_path / "vm1/.checkpoint").exists() == (every < 100), "what others left to replay counts, too"
+    shutil.rmtree(tmp_path / "vm1/-4/a.sh/1")
+    store = LogStore(tmp_path, "vm1", log=ignore)
+    assert store._life is not None and len(store._life._finished) == count and not store._life._runs
+    assert [row for row in inodes if row.exists() and row.stat().st_ino == inodes[row]] == list(inodes)[1:]
+    assert store.latest(b"-4/a.sh") == bytes((count,)) * 16
+    tails = ((zlib.crc32(b"abc"), 3), (0, 0))
+    for attempt in range(1, count + 1):
+        run = bytes((attempt,)) * 16
+        ack = store.run(said.run(b"-4/a.sh", run=run, attempt=attempt))
+        gone = attempt == 1
+        assert ack == messages.Ack(
+            run, RunState.CLOSED, 0 if gone else 3, 0, ((0, 0), (0, 0)) if gone else tails
+        )
+        store.output(said.output(b"abc")._replace(run=run))
+        assert store.closed(said.closed(3)._replace(run=run)) == messages.Ack(run, RunState.CLOSED, 3, 0)
+        for other in (
+            said.run(b"-4/a.sh", run=bytes(16), attempt=attempt),
+            said.run(b"-4/a.sh", run=run, attempt=count + 1),
+            said.run(b"-4/b.sh", run=run, attempt=attempt),
+            said.run(b"-4/a.sh", run=run, attempt=attempt, started=said.T + 1),
+        ):
+            with pytest.raises(Diverged):
+                store._life.run(other)
+    with pytest.raises(BadGuest):
+        store._life.output(said.output(b"abc")._replace(run=bytes(16)))
+    store.close()
+
+
 def test_a_killed_collector_keeps_all_it_acknowledged(tmp_path: Path) -> None:
     """A real process, killed while it writes; what it acknowledged is told over its stdout."""
     script = (

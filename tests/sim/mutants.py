@@ -219,7 +219,7 @@ MUTANTS: dict[str, Mutant] = {
         life, "Sync._sync", "for name in sorted(self.files):", "for name in sorted(self.files - {JOURNAL}):"
     ),
     "what comes twice is not acknowledged twice": Mutant(
-        life, "Life.output", "self._touched[message.run] = run", "pass", 20_000, _with("disconnect")
+        life, "Life.output", "self._touched[run_id] = run", "pass", 20_000, _with("disconnect")
     ),
     "a mark before the sync": Mutant(
         life,
@@ -253,8 +253,8 @@ MUTANTS: dict[str, Mutant] = {
     "a checkpoint forgets what is over": Mutant(
         life,
         "Life._checkpoint",
-        "for run, ((vmr, attempt), when) in self._finished.items()",
-        "for run, ((vmr, attempt), when) in ()",
+        "self._finished.pack()",
+        "b''",
         2000,
     ),
     # Not here: that LogStore.life() trusts the page cache after a failed sync. What stands behind the last mark is
@@ -272,7 +272,7 @@ MUTANTS: dict[str, Mutant] = {
         life, "Life._make_directory", "if name in self._named:", "if True:", 400
     ),
     "another run under a known label is taken": Mutant(
-        life, "Life.run", "if label in self._labels:", "if False:", 400
+        life, "Life.run", "if self._run_of(label) is not None:", "if False:", 400
     ),
     "a run executed at another time is the same": Mutant(
         life, "Life.run", "if not same:", "if False:", 20_000, _with("time travel")

@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 from vmr_agent.errors import Problem
 from vmr_agent.runs import path_segment
@@ -126,13 +126,21 @@ def lives(log_dir: int, segment: str) -> dict[str, int]:
     return {name: number for name, (each, number) in found.items() if each == segment}
 
 
-def rendered(log_dir: int, segment: str) -> tuple[int, int]:
-    """The number of the life that is being rendered, and the place in its journal up to which it is; 0, 0: none was."""
+class Rendered(NamedTuple):
+    life: int = 0
+    """The number of the life that is being rendered; 0: none was."""
+    place: int = 0
+    """In its journal, up to which it is."""
+    runs: tuple[str, ...] = ()
+    """What was said of those under way there, as the note has it."""
+
+
+def rendered(log_dir: int, segment: str) -> Rendered:
     try:
         note = json.loads(read_file(log_dir, f".{segment}.rendered"))
-        return int(note["life"]), int(note["journal"])
+        return Rendered(int(note["life"]), int(note["journal"]), tuple([row["run"] for row in note["runs"]]))
     except (OSError, ValueError, KeyError, TypeError):
-        return 0, 0
+        return Rendered()
 
 
 def read_file(directory: int, name: str) -> bytes:

@@ -13,12 +13,15 @@ import contextlib
 import errno
 import json
 import os
+import struct
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
 from vmr_agent.errors import show
+from vmr_agent.host.finished import Finished, digest_of
 from vmr_agent.host.held import STATES, HeldRun, HeldStream, from_hex, pack, to_hex
 from vmr_agent.host.journal import (
     FLUSH,
@@ -58,6 +61,10 @@ OPEN_FILES = 32
 CHECKPOINT_RECORDS = 4_096
 
 _CHECKPOINT = ".checkpoint"
+_FORMAT = 2
+"""Of the checkpoint, begun with in its checksum: no version takes another's for its own."""
+_LENGTH = struct.Struct("<I")
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | NO_LINK
 _SECOND = 1_000_000_000
 
 
@@ -178,9 +185,10 @@ class Life:
         self._runs: dict[bytes, HeldRun] = {}
         self._held = 0
         """Bytes that these keep in memory, about."""
-        self._finished: dict[bytes, tuple[tuple[bytes, int], int]] = {}
-        """By run: its label, and when it was executed, see :func:`_when`."""
+        self._finished = Finished()
+        """With when each was executed, see :func:`_when`."""
         self._labels: dict[tuple[bytes, int], bytes] = {}
+        """Of the others."""
         self._touched: dict[bytes, HeldRun] = {}
         self._open: OrderedDict[str, int] = OrderedDict()
         self._named: set[str] = set()
@@ -227,15 +235,25 @@ class Life:
 
     def latest(self, vmr: bytes) -> Optional[bytes]:
         """The run of a VMR's latest attempt."""
-        attempts = [(attempt, run) for (name, attempt), run in self._labels.items() if name == vmr]
-        return max(attempts)[1] if attempts else None
+        attempts = {attempt for name, attempt in self._labels if name == vmr}
+        with contextlib.suppress(OSError):
+            fd = os.open(os.path.dirname(run_path(vmr, 1)), _DIRECTORY, dir_fd=self._directory)
+            try:
+                attempts.update(int(name) for name in os.listdir(fd) if name.isdecimal())
+            finally:
+                os.close(fd)
+        runs = (self._run_of((vmr, attempt)) for attempt in sorted(attempts, reverse=True))
+        return next((run for run in runs if run is not None), None)
+
+    def _run_of(self, label: tuple[bytes, int]) -> Optional[bytes]:
+        return self._labels.get(label) or self._finished.run_of(label)
 
     def begin_sync(self, log_dir: int, *, checkpoint: bool = False) -> Sync:
         self._write_waiting()
         sync = Sync(log_dir, self._held_directory, self.files, self.directories, self._size)
         sync.held = [(run, run.state, run.stdout.held, run.stderr.held) for run in self._touched.values()]
-        # As long as what it says, so that a long history is not written out again and again.
-        if checkpoint or self._since_checkpoint >= max(CHECKPOINT_RECORDS, len(self._labels)):
+        # The more rarely the longer it is; but what comes behind it is what a start reads.
+        if checkpoint or self._since_checkpoint >= max(CHECKPOINT_RECORDS, len(self._finished) // 8):
             self._since_checkpoint = 0
             sync.checkpoint = self._checkpoint()
         self.files, self.directories, self._touched, self.unsynced = set(), set(), {}, 0
@@ -270,12 +288,15 @@ class Life:
         if self._runs.pop(run.message.run, None) is not None:
             self._held -= run.size
         assert run.exit is not None
-        self._finished[run.message.run] = (run.label, _when(run.message.started, run.exit.ended))
+        self._finished.add(run.message.run, run.label, _when(run.message.started, run.exit.ended))
+        self._labels.pop(run.label, None)
         for held in run.streams.values():
             self._close_raw(held.name)
 
     # --- the checkpoint: what is held at some mark, so that a start needn't read a day's journal. It is
     # written without a sync: where it can't be read whole the journal is read from its beginning.
+    # It is `<II` (length and checksum of what follows), `<I` (length of the JSON), the JSON, the tables of the runs
+    # that are over.
 
     def _checkpoint(self) -> bytes:
         state = {
@@ -284,12 +305,10 @@ class Life:
             "hello": to_hex(self.hello) if self.hello else None,
             "skew": self._skew,
             "runs": [run.to_json() for run in self._runs.values() if run.durable is not RunState.CLOSED],
-            "over": [
-                [run.hex(), vmr.hex(), attempt, when]
-                for run, ((vmr, attempt), when) in self._finished.items()
-            ],
         }
-        return pack_record(0, json.dumps(state).encode())
+        head = json.dumps(state).encode()
+        body = b"".join((_LENGTH.pack(len(head)), head, self._finished.pack()))
+        return FRAME.pack(len(body), zlib.crc32(body, _FORMAT)) + body
 
     def _load_checkpoint(self, size: int) -> int:
         try:
@@ -298,17 +317,15 @@ class Life:
             return 0
         length, crc = FRAME.unpack(data[: FRAME.size].ljust(FRAME.size, b"\0"))
         body = data[FRAME.size :]
-        if not body or len(body) != length or zlib.crc32(body) != crc:
+        if len(body) < _LENGTH.size or len(body) != length or zlib.crc32(body, _FORMAT) != crc:
             return 0
-        state = json.loads(body[1:])
-        if state["life"] != self.number or state["journal"] > size or "over" not in state:
+        behind = _LENGTH.size + _LENGTH.unpack_from(body)[0]
+        state = json.loads(body[_LENGTH.size : behind])
+        if state["life"] != self.number or state["journal"] > size:
             return 0
         self.hello = from_hex(state["hello"]) if state["hello"] else None
         self._skew = state["skew"]
-        for run_hex, vmr, attempt, when in state["over"]:
-            run_id, label = bytes.fromhex(run_hex), (bytes.fromhex(vmr), attempt)
-            self._finished[run_id] = (label, when)
-            self._labels[label] = run_id
+        self._finished = Finished(body[behind:])
         for row in state["runs"]:
             run = HeldRun.from_json(row)
             self._add(run)
@@ -344,6 +361,9 @@ class Life:
                 continue
             self._replay(kind, content)
             self._size = behind
+            self._since_checkpoint += (
+                kind != Kind.MARK
+            )  # of whoever is killed again and again it grew for ever
         if not crossed:
             self._all_durable()
         self._write_again(marked)
@@ -360,31 +380,43 @@ class Life:
         if not marked:
             self.directories |= {".", ".."}  # as create() did, for whoever never came to sync them
         for run in list(self._runs.values()):
-            self._mend(run)
             if run.durable is RunState.CLOSED:
-                self._finish(run)
+                self._finish(run)  # the mark behind its end says that its files are whole
+            else:
+                self._mend(run)
         return crossed and self._size > marked
 
-    def reckon(self, begin: int) -> None:
+    def reckon(self, begin: int, rendering: Sequence[str]) -> None:
         """Count what the logs will take of what is held and not rendered: behind this place in the journal. Earlier
-        lives, of which something may be unrendered too, are not counted."""
+        lives, of which something may be unrendered too, are not counted. ``rendering``: the runs under way there."""
+        labels: dict[bytes, tuple[bytes, int]] = {}
+        announced: Any
+        with contextlib.suppress(ValueError, AttributeError):  # the renderer says that its note is damaged
+            for announced in map(from_hex, rendering):
+                labels[announced.run] = (announced.vmr, announced.attempt)
         # One read of a script may stand in many records, which are taken together.
         run, stream, start, end, place = b"", 0, 0, 0, 0
         for behind, kind, content in read_records(self._journal, begin):
-            if kind != Kind.OUTPUT or behind > self._size:
+            if behind > self._size:
+                break
+            if kind == Kind.RUN:
+                announced = messages.unpack(content).message
+                labels[announced.run] = (announced.vmr, announced.attempt)
+            if kind != Kind.OUTPUT:
                 continue
             run_id, number, offset, length, _, _ = OUTPUT.unpack(content)
             if (run, stream, end) != (run_id, number, offset) or end - start >= _RECKONED:
-                self._reckon(run, stream, start, end, place)
+                self._reckon(labels.get(run), stream, start, end, place)
                 run, stream, start = run_id, number, offset
             end, place = offset + length, behind
-        self._reckon(run, stream, start, end, place)
+        self._reckon(labels.get(run), stream, start, end, place)
 
-    def _reckon(self, run_id: bytes, number: int, begin: int, end: int, behind: int) -> None:
-        if begin == end:
+    def _reckon(
+        self, label: Optional[tuple[bytes, int]], number: int, begin: int, end: int, behind: int
+    ) -> None:
+        if begin == end or label is None:
             return
-        run = self._runs.get(run_id)
-        vmr, attempt = run.label if run is not None else self._finished[run_id][0]
+        vmr, attempt = label
         size = min(end - begin, SAMPLE)
         sample = b""
         with contextlib.suppress(OSError):  # removed by somebody: it will be said, and no more
@@ -398,7 +430,7 @@ class Life:
     def _forget(self, kind: int, content: bytes, forgotten: set[str]) -> None:
         """What the journal doesn't say has no row, should its guest, set back in time, never say it again."""
         message = messages.unpack(content).message if kind == Kind.RUN else None
-        if isinstance(message, messages.Run) and (message.vmr, message.attempt) not in self._labels:
+        if isinstance(message, messages.Run) and self._run_of((message.vmr, message.attempt)) is None:
             path = run_path(message.vmr, message.attempt)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{path}/result.json", dir_fd=self._directory)
@@ -509,20 +541,20 @@ class Life:
         known = self._runs.get(message.run)
         over = self._finished.get(message.run)
         if known is not None or over is not None:
-            held_label, same = label, True
+            named = same = True
             if known is not None:
-                held_label, same = known.label, message.started == known.message.started
+                named, same = known.label == label, message.started == known.message.started
                 if known.exit is not None and message.ended is not None:
                     same = same and message.ended == known.exit.ended
             elif over is not None:
-                held_label, ended = over[0], over[1] % (1 << 32)
-                same = over[1] == _when(message.started, message.ended, ended)
-            if held_label != label:
-                raise Diverged(f"{_label(held_label)} now says it is {_label(label)}")
+                named = over.digest == digest_of(label)
+                same = over.when == _when(message.started, message.ended, over.when % (1 << 32))
+            if not named:
+                raise Diverged(f"what was another run now says it is {_label(label)}")
             if not same:
                 raise Diverged(f"{_label(label)} was executed at another time before")
             return self._ack(known) if known is not None else self._ack_finished(message)
-        if label in self._labels:
+        if self._run_of(label) is not None:
             raise Diverged(f"{_label(label)} is another run than before")
         if parse_vmr(message.vmr) != message.vmr or message.attempt < 1:
             raise BadGuest(f"no VMR has the name {show(message.vmr)}, attempt {message.attempt}")
@@ -530,7 +562,7 @@ class Life:
             raise BadGuest(f"more than {MAX_OPEN_RUNS:,} runs at once")
         if self._held > MAX_HELD:
             raise BadGuest(f"{self._held:,} bytes said of its open runs")
-        if len(self._labels) >= MAX_RUNS:
+        if len(self._runs) + len(self._finished) >= MAX_RUNS:
             raise BadGuest(f"more than {MAX_RUNS:,} runs")
         self._admit()
         self._quota.add(RUN)
@@ -558,7 +590,7 @@ class Life:
             raise BadGuest(f"a hole in {held.name}: byte {offset} where {held.held} was due")
         if sum([length for length, _ in marks]) != len(data):
             raise BadGuest("marks that do not add up to the data")
-        if offset < held.held:  # sent again; only what is new counts
+        if held.held > offset:  # sent again; only what is new counts
             known = min(held.held, end) - offset
             self._compare(held, offset, data[:known])
             data, marks, offset = data[known:], _behind(marks, known), offset + known

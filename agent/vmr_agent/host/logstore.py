@@ -95,8 +95,9 @@ class LogStore:
             self._lock = self._take_lock()
             self._life = self._find_life(trust=True)
             if self._life is not None and limit:
-                number, place = rendered(self._root, self._segment)
-                self._life.reckon(place if number == self._life.number else 0)
+                note = rendered(self._root, self._segment)
+                same = note.life == self._life.number
+                self._life.reckon(note.place if same else 0, note.runs if same else ())
         except OSError as error:
             self._release()
             raise Problem(f"cannot write to {log_dir}: {_reason(error)}") from None
@@ -213,7 +214,7 @@ class LogStore:
             self._life = None
         self._known = 0
         found = {} if self._is_new() else lives(self._root, self._segment)
-        number = max([rendered(self._root, self._segment)[0], *found.values()])
+        number = max([rendered(self._root, self._segment).life, *found.values()])
         if self._segment in found:
             aside = self._aside(found)
             number = max(number, aside[1])
