@@ -9,6 +9,7 @@ import random
 import select
 import stat
 import threading
+import time
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -300,7 +301,7 @@ def test_whatever_is_repeated_what_is_placed_is_what_was_sent(
     assert path.read_bytes() == WHOLE
 
 
-@pytest.mark.parametrize("what", ["missing", "another's", "longer", "replaced"])
+@pytest.mark.parametrize("what", ["missing", "another's", "longer", "replaced", "overwritten"])
 def test_what_was_not_sent_is_never_placed(asking: Asking, tmp_path: Path, what: str) -> None:
     path, part = tmp_path / "file", tmp_path / ".x.part"
     asking.ask("write", path=raw(part), make=True, offset=0, kind=b"sha256")
@@ -311,6 +312,10 @@ def test_what_was_not_sent_is_never_placed(asking: Asking, tmp_path: Path, what:
     elif what == "longer":
         with part.open("ab") as file:
             file.write(b"more")
+    elif what == "overwritten":
+        time.sleep(0.02)  # more than a tick of the kernel's clock
+        with part.open("r+b") as file:
+            file.write(b"EVIL")
     elif what == "replaced":
         part.rename(tmp_path / "away")
         part.write_bytes(bytes(len(WHOLE)))
@@ -498,6 +503,26 @@ def test_many_slow_requests_are_all_answered(asking: Asking, tmp_path: Path) -> 
     while waiting:
         assert select.select([asking.files], [], [], 20.0)[0]
         waiting -= {reply.request for reply in asking.files.take()}
+
+
+def test_stat_waits_for_no_digest(asking: Asking, tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(64 << 20)
+    args = {"path": raw(path), "kind": b"sha256"}
+    digests = {bytes([n]) * 16 for n in range(40)}
+    for request in digests:
+        assert asking.files.do(Request(request, "digest", args)) is None
+    stat_request = bytes([99]) * 16
+    assert asking.files.do(Request(stat_request, "stat", {"path": raw(path)})) is None
+    answered: list[bytes] = []
+    while stat_request not in answered:
+        assert select.select([asking.files], [], [], 20.0)[0]
+        answered += [reply.request for reply in asking.files.take()]
+    assert len(answered) < 30
+    while len(answered) <= len(digests):
+        assert select.select([asking.files], [], [], 20.0)[0]
+        answered += [reply.request for reply in asking.files.take()]
 
 
 @pytest.mark.parametrize(

@@ -889,6 +889,7 @@ def test_sockets_of_many_vms_are_read_with_rests(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(chardev, "MANY", 2)
     monkeypatch.setattr(chardev, "TURN", 3)
     got: dict[int, bytes] = {}
+    reused: list[bool] = []
 
     async def read() -> None:
         poll = Poll()
@@ -896,22 +897,36 @@ def test_sockets_of_many_vms_are_read_with_rests(monkeypatch: pytest.MonkeyPatch
 
         def reader(number: int) -> Callable[[], bool]:
             def take() -> bool:
-                data = pairs[number][1].recv(100)
+                try:
+                    data = pairs[number][1].recv(100)
+                except BlockingIOError:  # it has the number of one that was ready
+                    return False
                 got[number] = got.get(number, b"") + data
                 if not data:
                     poll.remove(pairs[number][1])
                     pairs[number][1].close()
                     got[number] += b"."
-                if (
-                    number == 0 and data == b"0"
-                ):  # who is ready in the same turn is taken out, and another comes
+                if number == 0 and data == b"0":
+                    # Two that are ready in the same turn are taken out; another gets the number of one of them.
                     poll.remove(pairs[1][1])
                     poll.remove(pairs[1][1])
+                    poll.remove(pairs[2][1])
+                    fd = pairs[2][1].fileno()
+                    for each in pairs[2]:
+                        each.close()
+                    pairs[2] = socket.socketpair()[::-1]
+                    if pairs[2][0].fileno() == fd:
+                        pairs[2] = pairs[2][::-1]
+                    reused.append(pairs[2][1].fileno() == fd)
+                    pairs[2][1].setblocking(False)
+                    poll.add(pairs[2][1], reader(2))
+                    pairs[2][0].send(b"2")
                 return len(data) == 100
 
             return take
 
         for number, (_, ours) in enumerate(pairs):
+            ours.setblocking(False)
             poll.add(ours, reader(number))
             poll.add(ours, reader(number))
         for number, (theirs, _) in enumerate(pairs):
@@ -927,7 +942,7 @@ def test_sockets_of_many_vms_are_read_with_rests(monkeypatch: pytest.MonkeyPatch
             await asyncio.sleep(0.001)
 
     asyncio.run(asyncio.wait_for(read(), 20))
-    assert got == {number: b"%d" % number + b"x" * 300 + b"." for number in range(8)}
+    assert got == {number: b"%d" % number + b"x" * 300 + b"." for number in range(8)} and reused == [True]
 
 
 def test_one_vm_that_says_what_takes_long_leaves_the_others_their_turn(host: Host, guest: Guest) -> None:

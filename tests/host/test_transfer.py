@@ -28,7 +28,8 @@ AGENT = Path(__file__).resolve().parents[2] / "agent"
 LIMIT = 20.0  # s; for whatever must happen
 
 Say = Callable[[str, Mapping[str, Any]], dict[str, Any]]
-"""What a guest answers to a request; Problem: why not. ``pieces``: offsets and bytes that it sends before."""
+"""What a guest answers to a request; Problem: why not. ``pieces``: offsets and bytes that it sends before; ``cut``: the
+session ends behind them."""
 
 
 class Liar:
@@ -77,8 +78,13 @@ class Liar:
                     said: list[messages.Message] = [
                         messages.Piece(event.request, at, data) for at, data in result.pop("pieces", ())
                     ]
-                    said.append(messages.Reply(event.request, not error, error, result))
+                    cut = result.pop("cut", False)
+                    if not cut:
+                        said.append(messages.Reply(event.request, not error, error, result))
                     self._sock.sendall(b"".join(self._session.frame(each) for each in said))
+                    if cut:
+                        self._session.renew(time.monotonic(), "cut")
+                        break
 
     def close(self) -> None:
         self._sock.close()
@@ -339,6 +345,42 @@ def test_what_a_file_cannot_be_is_refused(
     assert all_there(tmp_path) == ["x"]
 
 
+def test_a_file_that_says_no_size_goes_on_where_the_session_ended(
+    host: Host, liar: Liar, tmp_path: Path
+) -> None:
+    whole, cuts, asked = bytes(range(256)) * 200, [100, 40_000], []
+
+    def say(verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        if verb != "read":
+            return file_facts(0)
+        start, end = args["offset"], args["end"]
+        asked.append(start)
+        if cuts and start < cuts[0] <= end:
+            return {"pieces": [(start, whole[start : cuts[0]])], "cut": bool(cuts.pop(0))}
+        return {
+            "at": min(end, len(whole)),
+            "pieces": [(start, whole[start:end])] if start < len(whole) else [],
+        }
+
+    liar.say = say
+    code, said = host.pull("x", tmp_path)
+    assert code == 0, said
+    assert (tmp_path / "x").read_bytes() == whole
+    assert asked[:2] == [0, 100] and 40_000 in asked
+
+
+@pytest.mark.parametrize(
+    "pieces", [[(0, b"")], [(1, b"x")], [(0, b"x"), (0, b"x")], [(0, b"x" * 31_744), (31_744, b"x")]]
+)
+def test_what_a_file_that_says_no_size_cannot_be_is_refused(
+    host: Host, liar: Liar, tmp_path: Path, pieces: list[tuple[int, bytes]]
+) -> None:
+    liar.say = lambda verb, args: {"at": 0, "pieces": list(pieces)} if verb == "read" else file_facts(0)
+    code, said = host.pull("x", tmp_path)
+    assert code == 1 and "other bytes than were asked for" in said
+    assert all_there(tmp_path) == []
+
+
 def test_an_error_of_the_vms_is_shown_without_its_escapes(host: Host, liar: Liar, tmp_path: Path) -> None:
     def say(verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
         raise Problem("/x: \x1b[2J gone\nvmr-host: all is well")
@@ -389,6 +431,12 @@ def test_a_request_goes_out_and_its_reply_comes_back() -> None:
     assert passed.relay.take(reply) and not passed.relay.take(reply)
     result = {"path": "\udcfe", "n": 1}
     assert passed.heard == [({"id": "ab" * 16, "ok": True, "error": "", "result": result}, b"raw")]
+
+
+def test_bytes_for_what_takes_none_are_nothing() -> None:
+    passed = Passed()
+    passed.ask(b"data", ask="stat", args={"path": "/x"})
+    assert passed.sent == [messages.Request(ID, "stat", {"path": b"/x"})]
 
 
 def test_what_is_to_be_written_follows_its_request() -> None:

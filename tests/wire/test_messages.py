@@ -324,6 +324,12 @@ def test_what_fits_no_output_is_judged_key_by_key() -> None:
         assert isinstance(outcome(payload), Malformed)
 
 
+def test_a_piece_longer_than_any_frame_is_judged_key_by_key() -> None:
+    payload = piece_head(RUN, 0, 40_000, to=TO, n=0) + bytes(40_000)
+    got, expected = outcome(payload), slowly(payload)
+    assert (type(got), str(got)) == (type(expected), str(expected)) and isinstance(got, Malformed)
+
+
 def test_an_ack_packed_at_once_is_what_it_is_key_by_key() -> None:
     for state, stdout in ((0, 0), (3, MAX_INT), (127, 1), (128, 1), (2**40, 5)):
         ack = Ack(RUN, state, stdout, 7)

@@ -185,19 +185,21 @@ def _pull_file(remote: Remote, facts: Mapping[str, Any], target: bytes, progress
 def _pull_unsized(remote: Remote, path: bytes, facts: Mapping[str, Any], fd: int, progress: Progress) -> None:
     """An empty file, or one of the kernel's, as in /proc: they say 0 and end where they end, each time elsewhere."""
     at, more = 0, True
+    args: dict[str, Any] = {}
 
     def came(start: int, data: memoryview) -> None:
         nonlocal at, more
-        if start != at:
-            raise remote.nonsense("the bytes of a file come in no order")
+        if not data or start != at or at + len(data) > args["end"]:
+            raise remote.nonsense("it sends other bytes than were asked for")
         write_all(fd, data, at)
         at += len(data)
-        more = bool(data)
+        args["offset"], more = at, True  # asked again, it is for the rest
         progress.add(len(data))
 
     while more:
         more = False
-        remote.all(iter([Ask("read", {"path": path, "offset": at, "end": at + PIECE}, came=came)]))
+        args = {"path": path, "offset": at, "end": at + PIECE}
+        remote.all(iter([Ask("read", args, came=came)]))
     os.fchmod(fd, remote.number(facts, "mode") & _MODE)
     _utime(fd, remote.number(facts, "mtime", least=-(2**63)))
     os.close(fd)

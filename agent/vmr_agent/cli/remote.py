@@ -24,9 +24,8 @@ from vmr_agent.contents import DIGESTS
 from vmr_agent.errors import Problem, show
 from vmr_agent.wire.messages import PIECE
 
-WINDOW = (
-    2 << 20
-)  # bytes of files under way; with one request more, less than what the collector keeps for us unread
+# Bytes of files under way; with one request more, less than what the collector keeps for us unread.
+WINDOW = 2 << 20
 PATIENCE = 300.0  # s without any answer: longer than a slow VM's reboot
 _AGAIN = 0.3  # s
 _FAREWELL = 2.0  # s; for tidying up in the VM when all else has failed
@@ -82,7 +81,7 @@ class Remote:
         return found[0]
 
     def all(self, asks: Iterator[Ask]) -> None:
-        """Ask all of it, in this order, with up to :data:`WINDOW` answers under way.
+        """Ask all of it, in this order, with :data:`WINDOW` and less than one request more under way.
 
         The VM takes them in this order too: after a lost session all that had no answer are asked again, the
         earliest first.

@@ -223,8 +223,7 @@ class Daemon:
                 self._unheeded = False
                 self._link.renew("something in it could not be done")
         if self._children or idle:
-            self._children = False
-            self._supervisor.reap()
+            self._children = not self._supervisor.reap()
         if idle or again or self._supervisor.watcher.due(now):
             self._try(self._scan, now, full)
         if idle:

@@ -62,13 +62,14 @@ class Files:
             "remove": self._remove,
         }
         self._in_any_order: Mapping[str, Callable[[Args], Result]] = {
-            "stat": self._stat,
+            "stat": self._stat,  # in a thread, for the file system may hang
             "list": self._list,
             "digest": self._digest,
             "sync": self._sync,
         }
         self._writer = _Workers(1, self._work)
         self._readers = _Workers(_READERS, self._work)
+        self._lookers = _Workers(1, self._work)  # a transfer begins by `stat`, which is to wait for no digest
         self._to_write: list[_Job] = []
         self._coming: Optional[_Coming] = None
         self._written: dict[bytes, tuple[bytes, Written]] = {}
@@ -87,7 +88,8 @@ class Files:
         )
 
     def do(self, request: Request) -> Optional[Reply]:
-        """The answer to any verb but `read`; None when a thread will give it, which :meth:`go` lets begin."""
+        """The answer to any verb but `read`; None when a thread will give it, which :meth:`go` lets begin, or when
+        Pieces come first."""
         at_once = self._at_once.get(request.verb)
         if at_once is not None:
             return _answer(request, at_once)
@@ -104,7 +106,8 @@ class Files:
         if request.verb in self._in_order:
             self._to_write.append(_Job(request, []))
         else:
-            self._readers.add([_Job(request, [])])
+            workers = self._lookers if request.verb == "stat" else self._readers
+            workers.add([_Job(request, [])])
         return None
 
     def piece(self, piece: Piece) -> Optional[Reply]:
@@ -256,15 +259,15 @@ class Files:
                 written.write(fd, data[done:], offset + done)
             if len(self._written) == _WRITTEN:
                 del self._written[next(iter(self._written))]
-            self._written[path] = (_same_file(status), written)
+            self._written[path] = (_identity(os.fstat(fd)), written)
         finally:
             os.close(fd)
         return {}
 
     def _written_so_far(self, path: bytes, status: os.stat_result) -> Optional[Written]:
-        """What is known of a file that nobody else has written to; not kept."""
-        file, written = self._written.pop(path, (None, None))
-        return written if written and (file, written.at) == (_same_file(status), status.st_size) else None
+        """What is known of a file that nobody else has written to since, as far as its times tell; not kept."""
+        identity, written = self._written.pop(path, (None, None))
+        return written if written and (identity, written.at) == (_identity(status), status.st_size) else None
 
     def _place(self, args: Args) -> Result:
         """A written file gets its length, mode and time, and its name once its digest is right."""

@@ -162,13 +162,15 @@ class Runner:
             holds=holds,
             number=number,
         )
-        try:
-            with run.held_back():
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(run.held_back())
+            except OSError as error:
+                self._log(f"cannot keep the files of {show(vmr)}: {error.strerror}; it starts without")
+                self._order(run)
+            else:
                 self._order(run)
                 self._keep(run)  # while its shim begins, which takes a slow VM longer
-        except OSError as error:
-            self._log(f"cannot keep the files of {show(vmr)}: {error.strerror}; it starts without")
-            self._order(run)
         return run
 
     def _clear_reboot(self, vmr: bytes) -> None:

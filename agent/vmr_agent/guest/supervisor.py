@@ -225,8 +225,9 @@ class Supervisor:
         self._spool.release(run)
         self.live.pop(run.info.run, None)
 
-    def reap(self) -> None:
-        """Take whatever children ended: orphans fall to us, a subreaper, as well as what we started."""
+    def reap(self) -> bool:
+        """Take whatever children ended: orphans fall to us, a subreaper, as well as what we started. False where one
+        that somebody else takes may have hidden others."""
         if not self._reboot.look():
             self._undecided = True
         own = {self.runner.server_pid, self._reboot.pid}
@@ -235,10 +236,10 @@ class Supervisor:
                 # Looks without taking: the fork server and the reboot command are reaped by who started them.
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 if found is None or found.si_pid in own:
-                    return
+                    return found is None
                 os.waitpid(found.si_pid, os.WNOHANG)
             except ChildProcessError:
-                return
+                return True
 
     # --- the schedule ---
 

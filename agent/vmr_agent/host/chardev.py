@@ -23,7 +23,8 @@ from vmr_agent.errors import Problem
 RETRY_FIRST, RETRY_LAST = 0.1, 1.0  # s between attempts to connect
 UNREAD = 1 << 21  # bytes the guest may leave unread: all is said again
 ROOM = UNREAD // 4  # bytes; beyond so much unread requests about files wait: two who push ask for all of it
-_TAKEN = memoryview(bytearray(1 << 18))  # what is taken at once, of one VM after the other
+# What is taken at once, of one VM after the other. More of what is made to look like frames would hold up the others.
+_TAKEN = memoryview(bytearray(1 << 16))
 _JOINED = 16  # frames, in one write
 TURN = 64  # sockets read before the loop's other work has its turn
 MANY = 50  # VMs; with fewer a line waits for nothing

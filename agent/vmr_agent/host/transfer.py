@@ -118,9 +118,8 @@ class Relay:
     def _pass_on(self, request: messages.Request, data: bytes) -> bool:
         if not self._send(request):
             return False
-        if data:
-            offset = request.args["offset"]
-            assert isinstance(offset, int)
+        offset = request.args.get("offset")
+        if data and request.verb == "write" and isinstance(offset, int):
             self._send_pieces(request.request, offset, data)
         return True
 

@@ -545,7 +545,7 @@ def _unpack_piece(payload: bytes) -> Optional[Envelope]:
     if len(payload) < _PIECE.size:
         return None
     _, to, first, n, second, request, third, at, last, length = _PIECE.unpack_from(payload)
-    if (first, second, third, last) != _PIECE_KEYS or n > MAX_INT or at > MAX_INT:
+    if (first, second, third, last) != _PIECE_KEYS or n > MAX_INT or at > MAX_INT or length > MAX_BIN:
         return None
     if len(payload) != _PIECE.size + length:
         return None
