@@ -123,7 +123,7 @@ def _plan(dice: Any) -> world.Plan:
         buffer=0.5,
         size=300,
         slow=0.0,
-        constants={"chunk": 200, "window": 2500, "tail": 512},
+        constants={"chunk": 200, "window": 2500, "tail": 512, "sync_s": 1.0},
     )
 
 

@@ -115,7 +115,7 @@ def test_kinds() -> None:
         ("`map` a map of at most # keys", messages.MAX_MAP),
         ("`marks` an array of at most # `[uint, uint]`", messages.MAX_MARKS),
         ("the `size` bytes, at most #, of the Pieces", messages.MAX_WRITE),
-        ("the bytes; here at most #, so", messages.PIECE),
+        ("at least one; here at most #, so", messages.PIECE),
         ("an array of more than # items", messages.MAX_MARKS),
         ("a map of more than # keys", messages.MAX_MAP),
         ("A frame not whole # s after its first byte", int(session.HALF_FRAME)),
