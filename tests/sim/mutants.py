@@ -49,7 +49,7 @@ MUTANTS: dict[str, Mutant] = {
     # end that a failed sync held up, a new life before its links are durable, a gap before what is below it is, runs
     # that a failing disk kept from being followed, a row before the journal has its run, dropping that begins beside a
     # sync, of which two one is told that the disk fails, a note of what is pruned that no sync has seen. A gap without
-    # its hole: test_logstore.py.
+    # its hole: test_logstore.py; a run that ends before its daemon looks, now that it begins so late: test_roster.py.
     # the guest's disk
     "a script runs before its start is synced": Mutant(shim, "Shim._fork", "os.fsync(fd)", "pass"),
     "a script runs before its start's names are synced": Mutant(
@@ -306,9 +306,6 @@ MUTANTS: dict[str, Mutant] = {
         "started, result = run.started(), run.result()",
         5_000,
         lambda plan: plan.busy,
-    ),
-    "a run that ended before its daemon looked has not ended": Mutant(
-        roster, "Roster.made", "entry.unfinished[run.info.run] = run", "pass", needs=lambda plan: plan.busy
     ),
     # the logs
     "the logs are not cut back": Mutant(
