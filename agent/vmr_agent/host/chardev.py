@@ -26,7 +26,7 @@ ROOM = UNREAD // 4  # bytes; beyond so much unread requests about files wait: tw
 # What is taken at once, of one VM after the other. More of what is made to look like frames would hold up the others.
 _TAKEN = memoryview(bytearray(1 << 16))
 _JOINED = 16  # frames, in one write
-TURN = 64  # sockets read before the loop's other work has its turn
+TURN = 256  # sockets read before the loop's other work has its turn
 MANY = 50  # VMs; with fewer a line waits for nothing
 REST = 0.001  # s, to which the loop adds up to as much
 _CLOSED = "the other end closed the socket"
