@@ -52,9 +52,7 @@ STRANGER = 10.0  # s; a socket that talks for so long and says no Hello speaks s
 # its client changed while the VM stood still: the guest hears us and is not heard, until the client changes again.
 UNHEARD = 7.0  # s; more than a heartbeat, and the session is back within three
 GARBAGE = 1 << 20  # bytes in one connection; no guest makes so much, and to search it is work
-PART = (
-    0.0025  # s of a sweep's work, then what came meanwhile has its turn: that of a thousand VMs takes 80 ms
-)
+PART = 0.0025  # s of a sweep, then what came meanwhile has its turn: that of a thousand VMs takes 80 ms
 TURN = 0.02  # s of one VM's messages, then the others have theirs: there are messages that take long each
 SESSIONS = 10  # at once, then one a second: each is a record in the journal
 LIVES = 100  # at once, then one in ten seconds: each is a directory, and to begin it is several syncs
