@@ -887,7 +887,7 @@ def test_outputs_that_come_together_are_journaled_together(host: Host, guest: Gu
 def test_sockets_of_many_vms_are_read_with_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each gets all its bytes and its end, also one taken out meanwhile, put in twice, or whose number another has."""
     monkeypatch.setattr(chardev, "MANY", 2)
-    monkeypatch.setattr(chardev, "TURN", 3)
+    monkeypatch.setattr(chardev, "SOCKETS", 3)
     got: dict[int, bytes] = {}
     reused: list[bool] = []
 

@@ -26,7 +26,7 @@ ROOM = UNREAD // 4  # bytes; beyond so much unread requests about files wait: tw
 # What is taken at once, of one VM after the other. More of what is made to look like frames would hold up the others.
 _TAKEN = memoryview(bytearray(1 << 16))
 _JOINED = 16  # frames, in one write
-TURN = 256  # sockets read before the loop's other work has its turn
+SOCKETS = 256  # read in one turn, before the loop's other work has its turn
 MANY = 50  # VMs; with fewer a line waits for nothing
 REST = 0.001  # s, to which the loop adds up to as much
 _CLOSED = "the other end closed the socket"
@@ -62,13 +62,13 @@ class Poll:
         assert self._loop is not None
         began = time.monotonic()
         flood = False
-        ready = self._epoll.poll(0, TURN)
+        ready = self._epoll.poll(0, SOCKETS)
         for fd, _ in ready:
             reader = self._readers.get(fd)  # one that was taken before may have ended it
             if reader is not None and reader():
                 flood = True
         many = len(self._readers) >= MANY and (len(ready) > 1 or began - self._last < REST)
-        if many and not flood and len(ready) < TURN:
+        if many and not flood and len(ready) < SOCKETS:
             self._loop.remove_reader(self._epoll)
             self._loop.call_later(REST, self._go_on)
         self._last = began
