@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -83,6 +85,77 @@ def test_an_order_that_died_with_the_fork_server_is_given_again(rig: Rig) -> Non
     os.kill(server_pid(rig), signal.SIGKILL)
     rig.wait(run, RunState.CLOSED)
     assert (rig.base / "log").read_text() == "ran\n"
+
+
+def waiting(rig: Rig) -> list[int]:
+    """The shim that waits for an order, and the process that is to be the script."""
+    shims = children(server_pid(rig))
+    return shims + [child for shim in shims for child in children(shim)]
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(FileNotFoundError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def made_ready(rig: Rig) -> tuple[int, int]:
+    rig.runner.make_ready()
+    eventually(lambda: len(waiting(rig)) == 2, "a shim is ready")
+    shim, script = waiting(rig)
+    return shim, script
+
+
+def test_a_shim_made_ahead_takes_the_next_order(rig: Rig) -> None:
+    rig.stage("#!/bin/sh\necho $$ $PPID $VMR_NAME $VMR_ATTEMPT\n")
+    shim, script = made_ready(rig)
+    rig.runner.make_ready()  # one is enough
+    run = rig.start()
+    rig.wait(run, RunState.CLOSED)
+    assert everything(run, Stream.STDOUT) == b"%d %d %b 1\n" % (script, shim, VMR)
+    second = rig.run("#!/bin/sh\necho $$\n", b"-4/second")
+    assert int(everything(second, Stream.STDOUT)) not in (shim, script)
+
+
+def test_a_shim_without_an_order_goes_by_itself(rig: Rig) -> None:
+    made_ready(rig)
+    eventually(lambda: not waiting(rig), "it has gone", within=5.0)
+    assert result(rig.run("#!/bin/sh\nexit 2\n")).value == 2
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_a_shim_without_an_order_goes_with_its_fork_server(rig: Rig, end: str) -> None:
+    both = made_ready(rig)
+    if end == "kill":
+        os.kill(server_pid(rig), signal.SIGKILL)
+    else:
+        rig.runner.close()
+    eventually(lambda: not any(map(alive, both)), "they have gone")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_whoever_is_killed_while_it_waits_for_an_order_costs_no_run(rig: Rig, which: int) -> None:
+    killed = made_ready(rig)[which]
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: not alive(killed))
+    rig.stage(f"#!/bin/sh\necho once >> {rig.base}/log\n")
+    run = rig.start()
+    rig.wait(run, RunState.CLOSED)
+    assert (result(run).value, (rig.base / "log").read_text()) == (0, "once\n")
+    assert run.blocked() == ""
+
+
+def test_a_shim_that_could_not_get_ready_says_why_in_its_run(rig: Rig) -> None:
+    rig.stage("#!/bin/sh\n")
+    resource.prlimit(
+        server_pid(rig), resource.RLIMIT_NOFILE, (8, 8)
+    )  # enough for the fork, not for the pipes
+    run = rig.start()
+    eventually(run.blocked, "it waits")
+    assert run.blocked() == "cannot begin: Too many open files" and run.started() is None
+    os.kill(server_pid(rig), signal.SIGKILL)
+    eventually(lambda: rig.runner.handle() or rig.runner.judge(run) is RunState.CLOSED, "another server")
+    assert result(run).value == 0 and run.blocked() == ""
 
 
 def test_a_fork_server_that_dies_at_once_is_not_started_in_a_loop(rig: Rig, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.sim.tasks import SECOND, Task, Time
 from vmr_agent.errors import Problem
 from vmr_agent.guest import (
     daemon,
+    forkserver,
     gaps,
     link,
     machine,
@@ -73,7 +74,7 @@ class Script:
         """Whether it is let go, or has to give up."""
         if not self.alive or self.executes:
             return
-        if b"g" in self.go.data:
+        if self.go.data.endswith(shim.GO):
             number = self.world.goes_on(self) if self.shim.script_pid else self.world.executed(self)
             if number:
                 self.failed.data += number.to_bytes(4, "little")
@@ -363,12 +364,14 @@ class Shim:
 
     def _main(self) -> None:
         """As shim.main(), without what a process does to itself."""
+        made = shim.Shim(self.vm.kicks)  # type: ignore[arg-type]
+        made.prepare()
         try:
             self.process.chdir(self.order[1])
         except OSError:
             return
         try:
-            self._hold(shim.Shim(self.order, self.vm.kicks))  # type: ignore[arg-type]
+            self._hold(made)
         except shim.Waits as no:
             shim._note("blocked", str(no))
         except Exception as bug:
@@ -378,7 +381,7 @@ class Shim:
             shim._note("failed", f"{type(bug).__name__}: {bug}")
 
     def _hold(self, made: shim.Shim) -> None:
-        made.run()
+        made.run(self.order)
 
     def kill(self) -> None:
         self.process.die()
@@ -395,9 +398,9 @@ class RestoredShim(Shim):
     def _hold(self, made: shim.Shim) -> None:
         """As Shim.run(), with what that found out or made long ago."""
         os = self.process
+        made.take(self.order)
         lock = os.open("lock", real_os.O_RDWR)
         os.lockf(lock, real_fcntl.LOCK_EX | real_fcntl.LOCK_NB)
-        made._listen_for_deaths()
         made._open()
         for stream in made.streams:
             stream.spooled = os.fstat(stream.file).st_size
@@ -406,13 +409,9 @@ class RestoredShim(Shim):
         )
         process = json.loads(shim._read("started"))["process"]
         made.started_ns, made.started_boottime_ns = process["wall_ns"], process["boottime_ns"]
-        go_end, go = os.pipe()
-        failed, failed_end = os.pipe()
-        made.pid = os.fork()
-        for fd in (go_end, failed, failed_end, *(stream.script_end for stream in made.streams)):
-            os.close(fd)
-        os.write(go, b"g")
-        os.close(go)
+        os.write(made.go, shim.GO)
+        os.close(made.go)
+        os.close(made.failed)
         os.trap = os.calls + self._trap  # not before: it was there all the time
         made._pump()
 
@@ -518,6 +517,8 @@ class ForkServer:
         pass
 
     def send(self, order: bytes) -> None:
+        if order == forkserver.READY:
+            return  # a shim that waits for its order has nothing on any disk
         world = self.vm.world
         powered = self.vm.powered
         if world.dice.random() < world.plan.lost_orders:

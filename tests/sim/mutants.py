@@ -51,9 +51,9 @@ MUTANTS: dict[str, Mutant] = {
     # sync, of which two one is told that the disk fails, a note of what is pruned that no sync has seen. A gap without
     # its hole: test_logstore.py; a run that ends before its daemon looks, now that it begins so late: test_roster.py.
     # the guest's disk
-    "a script runs before its start is synced": Mutant(shim, "Shim._fork", "os.fsync(fd)", "pass"),
+    "a script runs before its start is synced": Mutant(shim, "Shim._note_start", "os.fsync(fd)", "pass"),
     "a script runs before its start's names are synced": Mutant(
-        shim, "Shim._fork", "_sync_path(path)", "pass"
+        shim, "Shim._note_start", "_sync_path(path)", "pass"
     ),
     "an end has its name before it is durable": Mutant(shim, "Shim._record", "os.fsync(fd)", "pass"),
     "an end counts bytes that are not durable": Mutant(

@@ -1,8 +1,9 @@
 """What lives here: a small process that forks one shim for each order.
 
-Forked from here a run costs a third of an interpreter's start, and shares its memory. Executed by path, as
-``python -I -S -E forkserver.py``, with the orders' socket as stdin and no other descriptor. It ends when the
-daemon's end closes; shims live on. It must not know: anything but orders.
+Forked from here a run costs a third of an interpreter's start, and shares its memory. A shim may be asked for ahead of
+its order: by the time it comes, all that takes long is done. Executed by path, as ``python -I -S -E forkserver.py``,
+with the orders' socket as stdin and no other descriptor. It ends when the daemon's end closes; shims live on, but for
+one that has no order. It must not know: anything but orders.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import socket
 import sys
 
 MAX_ORDER = 64 * 1024  # eight fields, four of them paths
+READY = b"ready"  # instead of an order: one will come soon
+KEPT_S = 1.0  # how long a shim waits for its order: an idle VM has none, and its memory for itself
 
 
 def pack_order(
@@ -35,7 +38,7 @@ def pack_order(
 def main() -> None:
     # -I -S leave only the standard library on the path; ours comes behind it, so it can shadow nothing.
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-    from vmr_agent.guest import shim
+    from vmr_agent.guest import shim  # noqa: F401 - before anything is forked
 
     orders = socket.socket(fileno=0)
     kicks = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -49,18 +52,59 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps shims
     gc.disable()
     gc.freeze()  # a collection would write to every object, and so copy every page that shims share
+    waiting: socket.socket | None = None  # the way to a shim that has no order yet
     while True:
-        order = orders.recv(MAX_ORDER)
+        orders.settimeout(None if waiting is None else KEPT_S)
+        try:
+            order = orders.recv(MAX_ORDER)
+        except socket.timeout:
+            if waiting is not None:
+                waiting.close()  # it goes
+            waiting = None
+            continue
         if not order:
             return
         try:
-            pid = os.fork()
+            if waiting is None:
+                waiting = _fork(orders, kicks)
+            if order == READY:
+                continue
+            if not _give(waiting, order):  # it has died waiting
+                _give(_fork(orders, kicks), order)
         except OSError as error:
             orders.send(f"cannot fork a shim: {error.strerror}".encode())
-            continue
+        waiting = None
+
+
+def _fork(orders: socket.socket, kicks: socket.socket) -> socket.socket:
+    from vmr_agent.guest import shim
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            raise
         if pid == 0:
             orders.detach()
-            shim.main(order.split(b"\0"), kicks)
+            ours.close()
+            shim.main(lambda: _taken(theirs), kicks)
+    return ours
+
+
+def _taken(theirs: socket.socket) -> bytes:
+    with theirs:
+        return theirs.recv(MAX_ORDER)
+
+
+def _give(shim: socket.socket, order: bytes) -> bool:
+    with shim:
+        try:
+            shim.send(order)
+        except OSError:
+            return False
+    return True
 
 
 if __name__ == "__main__":

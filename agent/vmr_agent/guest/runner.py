@@ -59,6 +59,7 @@ class Runner:
         self._server: Optional[subprocess.Popen[bytes]] = None
         self._orders: Optional[socket.socket] = None
         self._server_started = -_AGAIN_S
+        self._readied = -_AGAIN_S
         self._ordered: dict[bytes, float] = {}  # run id: when it was last ordered; until it is seen started
         self._start_server()
 
@@ -137,6 +138,14 @@ class Runner:
 
     # -- runs --
 
+    def make_ready(self) -> None:
+        """One will be started soon: have its shim made now. Only a hint; unused, the shim goes after a second."""
+        now = time.monotonic()
+        if self._orders is not None and now - self._readied >= forkserver.KEPT_S / 2:
+            self._readied = now
+            with contextlib.suppress(OSError):
+                self._orders.send(forkserver.READY)
+
     def start(
         self,
         vmr: bytes,
@@ -150,6 +159,7 @@ class Runner:
         clear_reboot: bool = False,
     ) -> Run:
         """Make the next run of a VMR and order its start. Problem when there is no space for it: it waits."""
+        self.make_ready()  # while its directory is made
         if clear_reboot:
             self._clear_reboot(vmr)
         run = self._spool.create(
@@ -275,6 +285,7 @@ class Runner:
                 self._start_server()
             if self._orders is None:
                 return
+            self._readied = -_AGAIN_S
             try:
                 self._orders.send(order)
                 return

@@ -1,8 +1,9 @@
 """What lives here: the process that holds one run: its pipes, its files in the spool, its exit record.
 
-It outlives the daemon and asks nobody anything: its orders came with the fork, and what it has to say lies in
-the run directory. Standard library only and little of it: part of what is imported here is paid again by each
-run. It must not know: the wire, the schedule, any other room of ours. The spool reads what is written here.
+It outlives the daemon and asks nobody anything: all it has to know comes with its order, and what it has to say lies
+in the run directory. What takes long and needs no order is done before there is one. Standard library only and little
+of it: part of what is imported here is paid again by each run. It must not know: the wire, the schedule, any other
+room of ours. The spool reads what is written here.
 
 It is one module, over the usual length, because a second one would be a second import.
 """
@@ -23,12 +24,14 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 
 READ = 256 * 1024  # measured: 64 KiB reads cost a quarter of the throughput
 PIPE = 1024 * 1024  # the most an unprivileged pipe may be; more lets the script run on while we are busy
 JOIN_NS = 10_000_000  # adjacent reads closer than this share one record of the index
 SYNC_S = 1.0  # from a byte's capture to the sync that takes it, or the end of one under way: a power cut may take it
 RETRY_S = 0.2  # while blocked
+START_TOLD_S = 0.1  # that it has begun is told with its first output or its end, if they come so soon
 KICK_RETRY_S = 0.005  # the daemon's queue holds 10 datagrams by default
 LAST_SYNC_S = 30.0  # how long an end waits for a disk that fails to take the bytes it counts
 OUTPUT = b"o"  # behind the run id, where a kick tells of nothing else
@@ -54,6 +57,7 @@ _CAUSES = {OVER_LIMIT: "the spool is over its limit", NO_ROOM: "the file system 
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _F_SETPIPE_SZ, _F_GETPIPE_SZ = 1031, 1032  # in fcntl from Python 3.10 on
+GO = b"\0go"  # ends the order that lets the script's process go: whatever comes without it is half of one
 _PR_SET_CHILD_SUBREAPER = 36
 _prctl = ctypes.CDLL(None).prctl  # looked up once, in the fork server
 
@@ -62,10 +66,12 @@ class Waits(Exception):
     """There is no space to begin; nothing has been started and the same order may be given again."""
 
 
-def main(order: list[bytes], kicks: socket.socket) -> None:
-    """Hold the run that `order` names, to its end; called in the forked process, never returns.
+def main(take: Callable[[], bytes], kicks: socket.socket) -> None:
+    """Get ready, take an order, and hold the run that it names to its end; called in the forked process, never
+    returns.
 
-    `kicks` is an unbound datagram socket, which all shims may share.
+    `take` waits for the order, which is empty where none will come. `kicks` is an unbound datagram socket, which all
+    shims may share.
     """
     try:
         null = os.open("/dev/null", os.O_RDWR)
@@ -74,11 +80,22 @@ def main(order: list[bytes], kicks: socket.socket) -> None:
         os.setsid()
         os.close(_write("/proc/self/comm", b"vmr-shim"))
         os.umask(0o077)
+        shim = Shim(kicks)
+        shim.prepare()
+        order = take()
+        if order:
+            hold(shim, order.split(b"\0"))
+    finally:
+        os._exit(0)  # whoever is to be the script leaves with us, unless it was let go
+
+
+def hold(shim: Shim, order: list[bytes]) -> None:
+    try:
         os.chdir(order[1])
     except OSError:
-        os._exit(1)  # the run's directory is gone, or /dev: nothing is left to hold
+        return  # the run's directory is gone: nothing is left to hold
     try:
-        Shim(order, kicks).run()
+        shim.run(order)
     except Waits as no:
         _note("blocked", str(no))
     except BaseException as bug:
@@ -88,8 +105,6 @@ def main(order: list[bytes], kicks: socket.socket) -> None:
             tb = tb.tb_next
         where = f" (line {tb.tb_lineno})" if tb is not None else ""
         _note("failed", f"{type(bug).__name__}: {bug}{where}")
-    finally:
-        os._exit(0)
 
 
 def _note(name: str, text: str) -> None:
@@ -147,8 +162,8 @@ class Stream:
             fcntl.fcntl(self.pipe, _F_SETPIPE_SZ, PIPE)
         except OSError:
             pass  # a user's pipes are limited in sum
-        self.file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.name = name
+        self.file = -1
         self.synced = 0  # bytes; of those behind it a sync failed, where `failed`
         self.failed = False
         self.spooled = 0
@@ -158,6 +173,9 @@ class Stream:
         self.gap_end = -1  # where it ended; -1: there was none
         self.grows = False  # it is not over
         self.noted = False  # that it grows is durable, and stands there
+
+    def open(self) -> None:
+        self.file = os.open(self.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     @property
     def length(self) -> int:
@@ -200,13 +218,10 @@ class Stream:
 
 
 class Shim:
-    def __init__(self, order: list[bytes], kicks: socket.socket) -> None:
-        run, self.directory, self.script, self.vmr, attempt, boot_id, self.state_dir, self.kick_path = order
-        self.run_id = bytes.fromhex(run.decode())
-        self.attempt = int(attempt)
-        self.boot_id = boot_id.decode()
+    def __init__(self, kicks: socket.socket) -> None:
         self.kicks = kicks
         self.kick_owed: bytes | None = None  # OUTPUT, or empty where more than that is to be told
+        self.kick_due = 0.0
         self.buffer = memoryview(mmap.mmap(-1, READ))  # takes memory only as far as reads fill it
         self.record_at = -RECORD.size  # where the index's last record lies
         self.record = (0, 0, 0, 0)
@@ -223,10 +238,30 @@ class Shim:
         self.exec_errno = 0
         self.status: int | None = None
         self.closed_at_exit = False
+        self.unready = ""  # why it could not get ready
 
     # -- the start --
 
-    def run(self) -> None:
+    def prepare(self) -> None:
+        """All that can be done without an order, as far as the script's process, which waits until it is let go."""
+        try:
+            self._listen_for_deaths()
+            self._adopt()
+            self.streams = (Stream(1, "stdout"), Stream(2, "stderr"))
+            self._fork()
+        except OSError as error:
+            self.unready = error.strerror or repr(error)  # there is no run yet to say it of
+
+    def take(self, order: list[bytes]) -> None:
+        run, self.directory, self.script, self.vmr, attempt, boot_id, self.state_dir, self.kick_path = order
+        self.run_id = bytes.fromhex(run.decode())
+        self.attempt = int(attempt)
+        self.boot_id = boot_id.decode()
+
+    def run(self, order: list[bytes]) -> None:
+        self.take(order)
+        if self.unready:
+            raise Waits(f"cannot begin: {self.unready}")
         # A record lock, not flock: the daemon can ask who holds it (F_GETLK) without taking it, so its
         # question never makes a shim that is just starting believe that another one is there. Closing *any*
         # descriptor of the file would drop it: nothing here opens `lock` again.
@@ -240,24 +275,22 @@ class Shim:
             return
         if os.path.lexists("started") or os.path.lexists("exit.json") or _whole("starting"):
             return
-        self._listen_for_deaths()
-        self._adopt()
         try:
             self._open()
             _await_files()
-            go, failed = self._fork()
+            self._note_start()
         except OSError as error:
             raise Waits(f"cannot begin: {error.strerror}") from error
         _remove("blocked")
         os.rename("starting", "started")  # no sync: either name, whole, says that it may have run
         try:
-            os.write(go, b"g")
+            os.write(self.go, b"\0".join(order) + GO)
         except BrokenPipeError:
             pass  # it was killed while it waited, and its status says so
-        os.close(go)
-        self._kick()
-        failure = os.read(failed, 4)  # end of file: the script is executing
-        os.close(failed)
+        os.close(self.go)
+        self.kick_owed, self.kick_due = b"", time.monotonic() + START_TOLD_S
+        failure = os.read(self.failed, 4)  # end of file: the script is executing
+        os.close(self.failed)
         self.exec_errno = struct.unpack("=i", failure)[0] if failure else 0
         self._pump()
 
@@ -274,7 +307,8 @@ class Shim:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def _open(self) -> None:
-        self.streams = (Stream(1, "stdout"), Stream(2, "stderr"))
+        for stream in self.streams:
+            stream.open()
         self.index = os.open("index", os.O_WRONLY | os.O_CREAT, 0o600)
         fd = os.open("exit.json.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
@@ -293,16 +327,18 @@ class Shim:
             raise
         self.gaps = fd
 
-    def _fork(self) -> tuple[int, int]:
-        """Make the script's process, and durable all that says so; it waits until it is let go."""
-        go_end, go = os.pipe()
-        failed, failed_end = os.pipe()
+    def _fork(self) -> None:
+        go_end, self.go = os.pipe()
+        self.failed, failed_end = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            os.close(go)
+            os.close(self.go)
             self._child(go_end, failed_end)
         for fd in (go_end, failed_end, *(stream.script_end for stream in self.streams)):
             os.close(fd)
+
+    def _note_start(self) -> None:
+        """Make durable all that says that the script may have run from here on."""
         self.started_ns = time.time_ns()
         self.started_boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         row = {
@@ -324,21 +360,28 @@ class Shim:
             for path in (".", "..", os.path.join(os.fsdecode(self.state_dir), "open"), *above):
                 _sync_path(path)
         except OSError:
-            os.close(go)  # the child leaves at end of file
+            os.close(self.go)  # the child leaves at end of file
             os.waitpid(self.pid, 0)
             _remove("starting")
             raise
-        return go, failed
 
     # -- the script's process --
 
     def _child(self, go: int, failed: int) -> None:
+        try:
+            self._become_a_login()
+            order = b""
+            while part := os.read(go, 65_536):
+                order += part
+            if order.endswith(GO):
+                self._execute(order[: -len(GO)].split(b"\0"), failed)
+        finally:
+            os._exit(0)  # the shim died, or had no run, before its start was durable: it must not run
+
+    def _execute(self, order: list[bytes], failed: int) -> None:
         code = errno.EIO
         try:
-            self._become_a_login()  # while the shim syncs
-            if not os.read(go, 1):
-                os._exit(0)  # the shim died before this was durable: it must not run
-            code = self._exec()
+            code = self._exec(script=order[2], vmr=order[3], attempt=order[4])
         except OSError as error:
             code = error.errno or errno.EIO
         finally:
@@ -362,19 +405,18 @@ class Shim:
         os.umask(0o022)
         os.chdir("/")
 
-    def _exec(self) -> int:
-        start_time = self.vmr.partition(b"/")[0]
+    def _exec(self, *, script: bytes, vmr: bytes, attempt: bytes) -> int:
         env = {os.fsencode(k): os.fsencode(v) for k, v in os.environ.items() if k in ("PATH", "LANG", "HOME")}
-        env[b"VMR_NAME"] = self.vmr
-        env[b"VMR_START_TIME"] = start_time
-        env[b"VMR_ATTEMPT"] = b"%d" % self.attempt
+        env[b"VMR_NAME"] = vmr
+        env[b"VMR_START_TIME"] = vmr.partition(b"/")[0]
+        env[b"VMR_ATTEMPT"] = attempt
         deadline = time.monotonic() + ETXTBSY_S
         while True:
             try:
-                os.execve(self.script, [self.script], env)
+                os.execve(script, [script], env)
             except OSError as error:
                 if error.errno == errno.ENOEXEC:  # no shebang: as execvp does
-                    os.execve(b"/bin/sh", [b"/bin/sh", self.script], env)
+                    os.execve(b"/bin/sh", [b"/bin/sh", script], env)
                 if error.errno != errno.ETXTBSY or time.monotonic() >= deadline:
                     return error.errno or errno.EIO
             time.sleep(0.02)
@@ -406,7 +448,7 @@ class Shim:
             self._take_sync_failure()  # behind _try_again(): that it is blocked is to stand for a while
             if self.sync_due and time.monotonic() >= self.sync_due and not self.syncing.locked():
                 self._sync_apart()
-            if self.kick_owed is not None:
+            if self.kick_owed is not None and time.monotonic() >= self.kick_due:
                 self._kick(self.kick_owed)
         self._await_sync()
         if self.sync_due:
@@ -433,7 +475,7 @@ class Shim:
         elif self.dropping:
             waits.append(max(0.0, self.check_due - time.monotonic()))
         if self.kick_owed is not None:
-            waits.append(KICK_RETRY_S)
+            waits.append(max(0.0, self.kick_due - time.monotonic()))
         return min(waits) * 1000 + 1 if waits else None
 
     def _take(self, stream: Stream, most: int) -> int:
@@ -744,7 +786,7 @@ class Shim:
         try:
             self.kicks.sendto(self.run_id + news, self.kick_path)
         except BlockingIOError:
-            self.kick_owed = news
+            self.kick_owed, self.kick_due = news, time.monotonic() + KICK_RETRY_S
         except OSError:
             pass  # no daemon; it reads everything when it comes
 
@@ -775,8 +817,12 @@ def _await_files() -> None:
 
 
 def start_ticks(pid: int) -> int:
-    """Field 22 of /proc/<pid>/stat; the name before it may hold blanks and parentheses."""
-    return int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
+    """Field 22 of /proc/<pid>/stat; the name before it may hold blanks and parentheses. OSError where the process is
+    dead."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    if fields[0] in (b"Z", b"X"):
+        raise OSError(errno.ESRCH, "the script's process was killed before it had an order")
+    return int(fields[19])
 
 
 def _shown(name: bytes) -> str:

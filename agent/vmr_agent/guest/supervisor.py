@@ -187,6 +187,8 @@ class Supervisor:
             }  # why these wait is another
         self._news |= {(News.TOUCHED, name) for name in self.watcher.take_stirred()}
         changed, gone = self.watcher.take_changes()
+        if self.watcher.settling and not self.standstill:
+            self.runner.make_ready()
         self._changed |= changed
         self._gone |= gone
         if self._changed or self._gone:

@@ -95,6 +95,11 @@ class Watcher:
         return self._held
 
     @property
+    def settling(self) -> bool:
+        """A VMR is complete, and will be ready in a moment if nothing in it changes."""
+        return any(entry.staging is Staging.SETTLING for entry in self._unready.values())
+
+    @property
     def problem(self) -> Optional[str]:
         """Why nothing can be ready: "cannot use /var/launch: …"."""
         return self._problem

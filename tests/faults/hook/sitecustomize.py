@@ -30,6 +30,10 @@ ROLES = (  # by what stands in the command line
 )
 
 
+KNOWS = {"hold": "shim", "_execute": "script"}
+"""Functions of the shim's that have the order, and the role of who comes there."""
+
+
 def whole(name):
     """Whether a file holds one JSON object, whole: what the daemon takes for a record."""
     try:
@@ -59,11 +63,9 @@ class Killer:
             taken = {json.loads(line)["step"] for line in lines}
         except FileNotFoundError:
             taken = set()
-        self.pid = os.getpid()
         self.armed = {}
-        roles = ("shim", "script") if role == "shim" else (role,)
         for name, step in steps.items():
-            if step["role"] in roles and step["vmr"] == vmr and name not in taken:
+            if step["role"] == role and step["vmr"] == vmr and name not in taken:
                 key = step["file"], step["function"]
                 self.armed.setdefault(key, []).append({**step, "name": name, "seen": 0})
         sys.settrace(self.trace)
@@ -85,10 +87,10 @@ class Killer:
         steps = self.armed.get((code.co_filename, code.co_name))
         if steps is None:
             return None
-        if code.co_name == "main" and code.co_filename.endswith("/guest/shim.py") and not self.place:
+        if code.co_filename.endswith("/guest/shim.py") and code.co_name in KNOWS and not self.place:
             order = frame.f_locals["order"]
             self.place = {"vmr": os.fsdecode(order[3]), "directory": os.fsdecode(order[1])}
-            self.arm("shim", self.place["vmr"])
+            self.arm(KNOWS[code.co_name], self.place["vmr"])
             steps = self.armed.get((code.co_filename, code.co_name), ())
         return self.watch([step for step in steps if step["line"] == code.co_firstlineno])
 
@@ -115,8 +117,6 @@ class Killer:
         return local
 
     def reach(self, step):
-        if (step["role"] == "script") != (os.getpid() != self.pid):
-            return  # a shim and its child, which is the script soon, run the same code
         step["seen"] += 1
         if step["seen"] != step["visit"]:
             return
@@ -153,9 +153,10 @@ def main():
 
     plan, program = sys.argv[1:]
     killer = Killer(plan)
-    # Nothing to be killed at before a shim knows whose it is, but its main() is to be seen.
+    # Nothing to be killed at before a shim, or who is to be the script, knows whose it is; then it is to be seen.
     killer.arm("")
-    killer.armed[os.path.join(os.path.dirname(program), "shim.py"), "main"] = []
+    for function in KNOWS:
+        killer.armed[os.path.join(os.path.dirname(program), "shim.py"), function] = []
     sys.argv[:] = [program]
     runpy.run_path(program, run_name="__main__")
 
