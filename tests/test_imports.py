@@ -38,7 +38,7 @@ ONLY_IN = {
 
 IMPORTERS = {
     "guest.shim": {"guest.forkserver"},
-    "guest.daemon": {"cli.agent"},
+    "guest.daemon": {"cli.start"},
     "guest.supervisor": {"guest.daemon", "guest.verbs"},
     "guest.link": {"guest.daemon", "guest.verbs"},
     "host.collector": {"cli.host"},
@@ -61,6 +61,7 @@ KNOWS = {
     "host.firewheel_log": {"errors", "runs", "wire.messages"},
     "cli.arguments": {"errors", "sizes"},
     "cli.output": {"runs"},
+    "cli.start": {"errors", "guest.settings", "guest.daemon", "cli.agent"},
     "cli.tables": {"errors", "sizes", "cli.arguments"},
     "cli.collected": {"errors", "runs", "schedule", "control", "host", "cli.output"},
     "cli.progress": set(),
@@ -68,9 +69,9 @@ KNOWS = {
     "cli.pull": {"contents", "errors", "wire.messages", "cli.progress", "cli.remote"},
     "cli.push": {"contents", "errors", "wire.messages", "cli.progress", "cli.remote"},
     "cli.staging": {"errors", "schedule", "cli.arguments", "cli.progress", "cli.push", "cli.remote"},
-    "cli.guest": {"errors", "runs", "schedule", "control", "guest", "cli.output"},
+    "cli.guest": {"errors", "runs", "schedule", "control", "guest", "cli.output", "cli.start"},
     "cli.ps": {"errors", "guest", "sizes", "cli.arguments", "cli.guest"},
-    "cli.status": {"errors", "guest", "sizes", "cli.arguments", "cli.guest"},
+    "cli.status": {"errors", "guest", "sizes", "cli.arguments", "cli.guest", "cli.start"},
     "cli.watch": {"errors", "runs", "control", "guest", "cli.arguments", "cli.guest"},
     "cli.diff": {"errors", "guest", "cli.guest"},
     "cli.agent": {"errors", "runs", "schedule", "wire", "control", "guest", "cli"},
@@ -241,19 +242,31 @@ def impure_calls(room: Room) -> Iterator[str]:
 def test_what_each_run_pays_for_is_the_standard_library(name: str) -> None:
     room = ROOMS[name]
     assert {top for top, _ in others(room)} <= STDLIB
+
+
+def test_what_each_run_pays_for_is_little() -> None:
+    """Much of it is memory of each VM, and a part of that of each run."""
+    script = (
+        f"import sys; sys.path.append({str(SOURCE)!r})\n"
+        "import vmr_agent.guest.forkserver, vmr_agent.guest.shim\n"
+        "print(*sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-I", "-S", "-E", "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
     heavy = {
-        "asyncio",
-        "argparse",
-        "dataclasses",
+        "collections",
+        "enum",
+        "json",
         "logging",
         "pathlib",
         "re",
+        "signal",
+        "socket",
         "subprocess",
-        "threading",
         "typing",
     }
-    at_top = {top for top, item in others(room) if item.at_top}
-    assert not at_top & heavy
+    assert "vmr_agent.guest.shim" in loaded and not heavy & set(loaded)
 
 
 def test_no_circles() -> None:

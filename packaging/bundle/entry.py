@@ -28,6 +28,6 @@ if sys.argv[1:] == [FORK_SERVER]:
 
     forkserver.main()
 else:
-    from vmr_agent.cli.agent import main
+    from vmr_agent.cli.start import agent
 
-    sys.exit(main())
+    sys.exit(agent())

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from vmr_agent import __version__
-from vmr_agent.cli import arguments, guest, status
+from vmr_agent.cli import arguments, guest, start, status
 from vmr_agent.cli.arguments import Example
-from vmr_agent.cli.guest import PROGRAM, remark
+from vmr_agent.cli.guest import remark
+from vmr_agent.cli.start import PROGRAM
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest import settings as guest_settings
 from vmr_agent.guest.settings import Settings
@@ -43,7 +44,7 @@ _EXAMPLES = (
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = _parser().parse_args(arguments.mark(sys.argv[1:] if argv is None else argv))
-    return arguments.run(PROGRAM, lambda: int(args.act(args, _settings(args))))
+    return start.run(PROGRAM, lambda: int(args.act(args, _settings(args))))
 
 
 def _parser() -> arguments.Parser:
@@ -270,10 +271,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _run(args: argparse.Namespace, settings: Settings) -> int:
-    from vmr_agent.guest.daemon import Daemon  # heavy: the other verbs start without it
-
-    Daemon(settings).run()
-    return 0
+    return start.daemon(settings)
 
 
 def _rerun(args: argparse.Namespace, settings: Settings) -> int:

@@ -7,17 +7,15 @@ any verb.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import re
 import signal
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, NamedTuple, NoReturn, Optional
+from typing import Any, NamedTuple, NoReturn, Optional
 
 from vmr_agent import sizes
-from vmr_agent.errors import Problem, show
+from vmr_agent.errors import show
 
 # argparse takes `-4/compress.py` for an option. A token of this form is marked with a character that no argument
 # can hold, and unmarked when it has been parsed.
@@ -141,39 +139,6 @@ def verb(verbs: Any, name: str, text: str, *examples: Example) -> Parser:
     added: Parser = verbs.add_parser(name, description=text, formatter_class=_Help, **summary)
     added.examples = examples
     return added
-
-
-def run(program: str, act: Callable[[], int]) -> int:
-    """Run a verb: a Problem is one line and exit status 1; a closed pipe, a full disk or Ctrl-C is no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a terminal may be set to less than a name can hold
-    try:
-        status = act()
-        if sys.stdout is not None:  # closed by who started us
-            sys.stdout.flush()
-        return status
-    except Problem as problem:
-        print(f"{program}: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        _abandon_stdout()
-        return 1
-    except OSError as error:
-        what = f": {error.filename}" if error.filename is not None else ""
-        print(f"{program}: cannot go on: {error.strerror or error}{what}", file=sys.stderr)
-        _abandon_stdout()
-        return 1
-
-
-def _abandon_stdout() -> None:
-    """Python would complain once more when it flushes at exit."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> str:

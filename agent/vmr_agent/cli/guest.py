@@ -13,6 +13,7 @@ from typing import Callable, Optional
 
 from vmr_agent import control
 from vmr_agent.cli import output
+from vmr_agent.cli.start import PROGRAM
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest import keepsakes
 from vmr_agent.guest.settings import Settings
@@ -20,7 +21,6 @@ from vmr_agent.guest.spool import History, Run
 from vmr_agent.runs import RunResult, Stream, timestamp
 from vmr_agent.schedule import near, parse_start_time, parse_vmr
 
-PROGRAM = "vmr-agent"
 _PIECE = 256 * 1024
 _LOOK_AGAIN = 0.2  # s; how often the spool is looked at when no daemon tells
 

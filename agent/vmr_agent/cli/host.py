@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from vmr_agent import __version__
-from vmr_agent.cli import arguments, collected, output, pull, push, staging, tables
+from vmr_agent.cli import arguments, collected, output, pull, push, staging, start, tables
 from vmr_agent.cli.arguments import Example
 from vmr_agent.cli.collected import PROGRAM, remark
 from vmr_agent.errors import Problem, show
@@ -48,7 +48,7 @@ _EXAMPLES = (
 def main(argv: Optional[Sequence[str]] = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(arguments.mark(staging.mark_program(given)))
-    return arguments.run(PROGRAM, lambda: int(args.act(args)))
+    return start.run(PROGRAM, lambda: int(args.act(args)))
 
 
 def _default_control() -> Path:

@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 from vmr_agent import sizes
 from vmr_agent.cli import arguments, guest
+from vmr_agent.cli.start import PROGRAM
 from vmr_agent.errors import Problem, show
 from vmr_agent.guest import keepsakes
 from vmr_agent.guest.keepsakes import Snapshot
@@ -211,7 +212,7 @@ def _watch(settings: Settings, edits: _Edits) -> int:
                 found = _ask(settings, edits)
                 rows, foot = found["vmrs"], list(_summary(found))
             except Problem as problem:  # it may come back
-                rows, foot = [], [f"{guest.PROGRAM}: {problem}"]
+                rows, foot = [], [f"{PROGRAM}: {problem}"]
             size = shutil.get_terminal_size()
             foot = _fitted(foot, size.columns)
             lines = [*_window(rows, size.lines - len(foot) - 1, size.columns), "", *foot]

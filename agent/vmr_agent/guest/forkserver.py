@@ -10,9 +10,15 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
-import socket
 import sys
+
+TYPE_CHECKING = False  # as that of `typing`, which would load much
+if TYPE_CHECKING:
+    import signal
+    import socket
+else:  # without what makes them comfortable: see shim.py
+    import _signal as signal
+    import _socket as socket
 
 MAX_ORDER = 64 * 1024  # eight fields, four of them paths
 READY = b"ready"  # instead of an order: one will come soon
@@ -80,30 +86,34 @@ def _fork(orders: socket.socket, kicks: socket.socket) -> socket.socket:
     from vmr_agent.guest import shim
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        try:
-            pid = os.fork()
-        except OSError:
-            ours.close()
-            raise
+    try:
+        pid = os.fork()
         if pid == 0:
             orders.detach()
             ours.close()
             shim.main(lambda: _taken(theirs), kicks)
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
     return ours
 
 
 def _taken(theirs: socket.socket) -> bytes:
-    with theirs:
+    try:
         return theirs.recv(MAX_ORDER)
+    finally:
+        theirs.close()
 
 
 def _give(shim: socket.socket, order: bytes) -> bool:
-    with shim:
-        try:
-            shim.send(order)
-        except OSError:
-            return False
+    try:
+        shim.send(order)
+    except OSError:
+        return False
+    finally:
+        shim.close()
     return True
 
 
