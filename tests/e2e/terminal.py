@@ -26,7 +26,7 @@ class Terminal:
         # The size of the screen is the terminal's alone.
         environment = {k: v for k, v in world.environment.items() if k not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vmr_agent.cli.agent", *arguments],
+            [sys.executable, "-m", "vmr_agent.cli.start", *arguments],
             env=environment,
             stdin=other,
             stdout=other,

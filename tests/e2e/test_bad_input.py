@@ -577,7 +577,7 @@ def test_a_shell_that_is_stopped_sees_it_all_when_it_goes_on(world: World) -> No
     exited(world, "-1/a")
     with (world.path / "out").open("wb") as out:
         asking = subprocess.Popen(
-            [sys.executable, "-m", "vmr_agent.cli.agent", "rerun", "-1/a"],
+            [sys.executable, "-m", "vmr_agent.cli.start", "rerun", "-1/a"],
             env=world.environment,
             stdout=out,
             stderr=subprocess.PIPE,
@@ -609,7 +609,7 @@ def test_verbs_with_nowhere_to_write_or_to_stand_say_so_in_one_line(world: World
     world.stage("-1/a", "echo a; echo b")
     world.start_daemon()
     exited(world, "-1/a")
-    program = f"{sys.executable} -m vmr_agent.cli.agent"
+    program = f"{sys.executable} -m vmr_agent.cli.start"
 
     def shell(command: str, cwd: Optional[Path] = None) -> Any:
         return subprocess.run(command, shell=True, env=world.environment, cwd=cwd, capture_output=True)
@@ -642,7 +642,7 @@ def test_something_else_behind_the_control_socket_is_one_line(world: World) -> N
         listener.listen(1)
         for answer in answers:
             asking = subprocess.Popen(
-                [sys.executable, "-m", "vmr_agent.cli.agent", "status"],
+                [sys.executable, "-m", "vmr_agent.cli.start", "status"],
                 env=world.environment,
                 stderr=subprocess.PIPE,
             )

@@ -52,7 +52,7 @@ def wait_for(world: World, vmr: str, state: str = "exited") -> dict[str, Any]:
 def merged(world: World, *arguments: str) -> bytes:
     """What a verb shows where both its streams go to the same place."""
     return subprocess.run(
-        [sys.executable, "-m", "vmr_agent.cli.agent", *arguments],
+        [sys.executable, "-m", "vmr_agent.cli.start", *arguments],
         env=world.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -313,7 +313,7 @@ def test_watch_runs_again_on_each_save(tutorial: World) -> None:
 
 def test_without_a_terminal_there_are_no_colours_and_streams_are_the_vmrs(tutorial: World) -> None:
     watching = subprocess.Popen(
-        [sys.executable, "-m", "vmr_agent.cli.agent", "rerun", "--watch", "-4/compress.py"],
+        [sys.executable, "-m", "vmr_agent.cli.start", "rerun", "--watch", "-4/compress.py"],
         env=tutorial.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -17,6 +17,15 @@ from tests.e2e.world import World, until
 NAME_ERROR = "import sys\nprint(os)\n"
 
 
+def test_the_daemon_is_spared_what_understands_command_lines(world: World) -> None:
+    """As systemd starts it: it stays as long as its VM, and 2 MB with it."""
+    world.start_daemon(before=["env", "PYTHONPROFILEIMPORTTIME=1"])
+    log = world.path / "daemon.log"
+    until(lambda: b"watching" in log.read_bytes(), "it watches")
+    loaded = {line.rpartition(b"|")[2].strip() for line in log.read_bytes().splitlines()}
+    assert b"vmr_agent.guest.daemon" in loaded and not {b"argparse", b"vmr_agent.cli.agent"} & loaded
+
+
 def test_the_tutorials_story(world: World) -> None:
     """compress.py fails; it is repaired where it lies and run again; host and guest see the second attempt."""
     noise = b"\xef\x00\xff" + os.urandom(5000)

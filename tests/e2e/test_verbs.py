@@ -123,7 +123,7 @@ def test_ctrl_c_stops_watching_and_not_the_run(running: World) -> None:
     running.stage("-1/slow", "echo begun; sleep 3; echo done")
     until(lambda: running.state("-1/slow") == "exited", "its first run")
     watching = subprocess.Popen(
-        [sys.executable, "-m", "vmr_agent.cli.agent", "rerun", "-1/slow"],
+        [sys.executable, "-m", "vmr_agent.cli.start", "rerun", "-1/slow"],
         env=running.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -186,7 +186,7 @@ def test_a_reader_that_leaves_gets_no_traceback(running: World) -> None:
     running.stage("-1/much", "head -c 5000000 /dev/zero")
     until(lambda: running.state("-1/much") == "exited", "it ran")
     piped = subprocess.run(
-        f"{sys.executable} -m vmr_agent.cli.agent logs -1/much | head -c 10 | wc -c",
+        f"{sys.executable} -m vmr_agent.cli.start logs -1/much | head -c 10 | wc -c",
         shell=True,
         env=running.environment,
         capture_output=True,

@@ -105,7 +105,7 @@ class World:
         """Start the daemon; ``before`` is a command that executes what follows it."""
         log = (self.path / "daemon.log").open("ab")
         self.daemon = subprocess.Popen(
-            [*before, sys.executable, "-m", "vmr_agent.cli.agent", "run", *options],
+            [*before, sys.executable, "-m", "vmr_agent.cli.start", "run", *options],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -130,7 +130,7 @@ class World:
     def agent(self, *arguments: Union[str, bytes], cwd: Optional[Path] = None, limit: float = LIMIT) -> Any:
         """Run a verb of the guest; a CompletedProcess with bytes."""
         return subprocess.run(
-            [sys.executable, "-m", "vmr_agent.cli.agent", *arguments],
+            [sys.executable, "-m", "vmr_agent.cli.start", *arguments],
             env=self.environment,
             cwd=cwd,
             capture_output=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import pwd
 import random
@@ -14,12 +15,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Union
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.guest.rig import BOOT_ID, VMR, Rig, alive, eventually, everything, result
 from vmr_agent.guest.runner import Runner, fork_server_command
-from vmr_agent.guest.shim import OUTPUT
+from vmr_agent.guest.shim import OUTPUT, to_json
 from vmr_agent.guest.spool import RECORD, Run
 from vmr_agent.runs import Ending, RunState, Stream, Trigger
 
@@ -111,6 +115,13 @@ def test_the_daemon_is_told_of_start_output_and_end(rig: Rig) -> None:
     assert seen.count(run.info.run + OUTPUT) == 1
     assert seen.count(run.info.run) >= 2
     assert set(seen) == {run.info.run, run.info.run + OUTPUT}
+
+
+@given(st.dictionaries(st.text("abc_"), st.text() | st.booleans() | st.integers() | st.floats(0, 1e12)))
+def test_records_are_json(row: dict[str, Union[str, int, float]]) -> None:
+    """Written without `json`, which would take a megabyte of each VM."""
+    assert json.loads(to_json(row)) == row
+    assert b"\n" not in to_json(row), "a line that ends is whole"
 
 
 def test_a_daemon_that_is_slow_to_listen_hears_every_end(rig: Rig) -> None:

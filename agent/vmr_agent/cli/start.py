@@ -68,3 +68,7 @@ def _abandon_stdout() -> None:
     """Python would complain once more when it flushes at exit."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(agent())

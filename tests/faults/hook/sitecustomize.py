@@ -23,8 +23,8 @@ from pathlib import Path
 start_new_thread = _thread.start_new_thread
 
 ROLES = (  # by what stands in the command line
-    (("vmr_agent.cli.agent", "run"), "daemon"),
-    (("vmr_agent.cli.agent", "reset"), "reset"),
+    (("vmr_agent.cli.start", "run"), "daemon"),
+    (("vmr_agent.cli.start", "reset"), "reset"),
     (("vmr_agent.cli.host", "collect"), "collector"),
     (("vmr_agent.host.renderer",), "renderer"),
 )
