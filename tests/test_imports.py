@@ -256,6 +256,7 @@ def test_what_each_run_pays_for_is_little() -> None:
     ).stdout.split()
     heavy = {
         "collections",
+        "ctypes",
         "enum",
         "json",
         "logging",

@@ -2,9 +2,8 @@
 
 It outlives the daemon and asks nobody anything: all it has to know comes with its order, and what it has to say lies
 in the run directory. What takes long and needs no order is done before there is one. Standard library only and little
-of it: `json`, `socket`, `signal` and `typing` would take 2 MB of each VM, a part of them again with each run. It must
-not know: the wire, the schedule, any other
-room of ours. The spool reads what is written here.
+of it: `json`, `socket`, `signal`, `ctypes` and `typing` would take 2 MB of each VM, and a part of that again with each
+run. It must not know: the wire, the schedule, any other room of ours. The spool reads what is written here.
 
 It is one module, over the usual length, because a second one would be a second import.
 """
@@ -12,7 +11,6 @@ It is one module, over the usual length, because a second one would be a second 
 from __future__ import annotations
 
 import _thread
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -67,7 +65,22 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _F_SETPIPE_SZ, _F_GETPIPE_SZ = 1031, 1032  # in fcntl from Python 3.10 on
 GO = b"\0go"  # ends the order that lets the script's process go: whatever comes without it is half of one
 _PR_SET_CHILD_SUBREAPER = 36
-_prctl = ctypes.CDLL(None).prctl  # looked up once, in the fork server
+
+
+def _find_prctl() -> Callable[[int, int], object]:
+    try:
+        import _ctypes  # what `ctypes` is made of
+
+        at, call = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), _ctypes.call_function  # type: ignore[arg-type]
+        return lambda option, value: call(at, (option, value, 0, 0, 0))
+    except (ImportError, AttributeError):  # it is private, and may change
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+        return lambda option, value: prctl(option, value, 0, 0, 0)
+
+
+_prctl = _find_prctl()  # once, in the fork server
 
 
 class Waits(Exception):
@@ -312,7 +325,7 @@ class Shim:
 
     @staticmethod
     def _adopt() -> None:
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
     def _open(self) -> None:
         for stream in self.streams:
