@@ -130,7 +130,7 @@ def test_a_reply_lost_with_its_session_runs_nothing_twice(
         world.complete("-1/once")
         relay.swallowing.set()
         rerun = begun(world, "rerun", "Server", "-1/once")
-        until(lambda: world.status()["-1/once"]["attempt"] == 2, "the request is heard")
+        until(lambda: world.row("-1/once").get("attempt") == 2, "the request is heard")
         until(lambda: world.state("-1/once") == "exited", "and carried out")
         assert rerun.poll() is None
         relay.cut()

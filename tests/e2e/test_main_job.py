@@ -230,7 +230,7 @@ def test_the_host_starts_the_experiment_and_late_vms_are_told(world: World) -> N
     world.stage("0.5/timed", "echo timed")
     world.start_collector()
     world.start_daemon()
-    until(lambda: b"configured" in world.agent("status").stdout, "configured")
+    until(lambda: world.answer().get("configured"), "configured")
     assert world.state("0.5/timed") == "waiting"
     assert world.host("start").returncode == 0
     assert world.complete("0.5/timed")["exit_code"] == 0

@@ -35,7 +35,7 @@ def state_is(world: World, vmr: str, state: str, attempt: int = 1) -> None:
 
 
 def configured(world: World) -> None:
-    until(lambda: world.agent("status").stdout.find(b"\nconfigured") > 0, f"configured\n{world.tail()}")
+    until(lambda: world.answer().get("configured"), f"configured\n{world.tail()}")
 
 
 def stays(world: World, vmr: str, state: str, seconds: float = 0.7) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def test_a_whole_tree_moved_into_the_launch_directory_runs_in_order(
     world = make_world(settings={"start": "auto"})
     world.start_collector()
     world.start_daemon()
-    until(lambda: world.agent("status").returncode == 0, "the daemon")
+    until(world.answer, "the daemon")
     launch, world.launch = world.launch, world.path / "tree"
     for vmr in ("-2/a", "-2/b", "-1/c", "0.1/d"):
         world.stage(vmr, f"echo {vmr}")

@@ -139,7 +139,7 @@ def test_ctrl_c_stops_watching_and_not_the_run(running: World) -> None:
 
 def test_a_vmr_whose_turn_has_not_come_cannot_be_rerun(running: World) -> None:
     running.stage("5/later", "echo later")
-    until(lambda: "5/later" in running.status(), "it is seen")
+    until(lambda: running.row("5/later"), "it is seen")
     done = running.agent("rerun", "5/later")
     assert done.returncode == 1 and b"its turn hasn't come" in done.stderr
 
@@ -176,7 +176,7 @@ def test_schedule_off_runs_nothing_by_itself_and_reruns_all(make_world: object) 
     world: World = make_world(settings={"schedule": "off"})  # type: ignore[operator]
     world.stage("-1/a", "echo by hand")
     world.start_daemon()
-    until(lambda: "-1/a" in world.status(), "it is seen")
+    until(lambda: world.row("-1/a"), "it is seen")
     time.sleep(1)
     assert world.status()["-1/a"]["attempt"] == 0
     until(lambda: world.agent("rerun", "-1/a").stdout == b"by hand\n", "a rerun by hand")

@@ -150,13 +150,20 @@ class World:
         with control.Connection(self.runtime / control.SOCKET, program="daemon", hint="") as daemon:
             return daemon.ask(verb, **args)
 
-    def row(self, vmr: str) -> dict[str, Any]:
-        """The row of one VMR in the daemon, empty when it isn't known there, or nobody answers."""
+    def answer(self) -> dict[str, Any]:
+        """What the daemon answers to `status`, empty while nobody does: for who waits, much cheaper than a verb."""
         try:
-            rows = self.ask("status")["vmrs"]
+            return self.ask("status")
         except Problem:
             return {}
-        return next((row for row in rows if row["vmr"] == vmr), {})
+
+    def row(self, vmr: str) -> dict[str, Any]:
+        """The row of one VMR in the daemon, empty when it isn't known there, or nobody answers."""
+        return next((row for row in self.answer().get("vmrs", ()) if row["vmr"] == vmr), {})
+
+    def state(self, vmr: str) -> str:
+        """The state of a VMR in the guest, empty when it isn't known there."""
+        return str(self.row(vmr).get("state", ""))
 
     def shims(self) -> dict[int, str]:
         """The shims there are: pid and VMR."""
@@ -210,10 +217,6 @@ class World:
         if done.returncode:
             return {}
         return {row["vmr"]: row for row in json.loads(done.stdout)}
-
-    def state(self, vmr: str) -> str:
-        """The state of a VMR in the guest, empty when it isn't known there."""
-        return str(self.status().get(vmr, {}).get("state", ""))
 
     def result(self, vmr: str, attempt: int = 1) -> Optional[dict[str, Any]]:
         try:
