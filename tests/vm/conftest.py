@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import pytest
 
@@ -58,8 +58,30 @@ def world(vm: Vm, make_world: Callable[..., VmWorld]) -> VmWorld:
     return make_world(vm)
 
 
+# Files whose tests share a VM. Those of the others each have their own.
+_OF_ONE_VM = ("test_verbs.py", "test_harness.py", "test_packages.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this directory needs a VM."""
+    """Everything in this directory needs a VM; what boots takes longest, and comes first."""
+    here = Path(__file__).parent
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if here in item.path.parents:
             item.add_marker("vm")
+    items.sort(key=lambda item: item.path != here / "test_power.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` only the tests that share a VM stay together: whole files would keep one worker long
+    after the others have nothing left to do."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if path.endswith(_OF_ONE_VM) else nodeid
+
+    return Scheduling(config, log)
