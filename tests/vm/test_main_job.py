@@ -10,13 +10,10 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 from typing import Any, Callable
 
-from tests.packaging.build import debs
 from tests.vm.host import COUNTER, LAUNCH, LINE, VmWorld, counted
-from tests.vm.product import install
-from tests.vm.vm import AGENT_PORT, BENCH_PORT, QGA_PORT, Vm
+from tests.vm.vm import AGENT_PORT, Vm
 
 # --- the tutorial's story ------------------------------------------------------------------------------------
 
@@ -194,35 +191,34 @@ def test_the_daemon_is_killed_and_restarted_in_mid_output(world: VmWorld) -> Non
 # --- the port ------------------------------------------------------------------------------------------------
 
 
-def test_the_port_comes_late_goes_and_comes_back(vm_image: Path, make_world: Callable[[Vm], VmWorld]) -> None:
+def test_the_port_comes_late_goes_and_comes_back(vm: Vm, make_world: Callable[[Vm], VmWorld]) -> None:
     """The daemon goes on executing and spooling without it, hardly uses the CPU, and ships when it is there."""
-    with Vm(vm_image, ports=(QGA_PORT, BENCH_PORT)) as vm:
-        install(vm, [debs()["vmr-agent"]])
-        world = make_world(vm)
-        world.guest_stage("-2/early", "echo early")
-        vm.check("systemctl start vmr-agent")
-        world.wait(lambda: world.guest_row("-2/early").get("state") == "exited", "it runs with no port")
-        assert world.guest_status()["port_state"] == "missing"
-        print(f"CPU, no port: {100 * world.guest_cpu(8):.2f} %")
-        vm.port_add(AGENT_PORT)
-        world.start_collector()
-        assert world.complete("-2/early")["exit_code"] == 0
-        assert world.raw("-2/early") == b"early\n"
+    vm.port_del(AGENT_PORT)
+    world = make_world(vm)
+    world.guest_stage("-2/early", "echo early")
+    vm.check("systemctl start vmr-agent")
+    world.wait(lambda: world.guest_row("-2/early").get("state") == "exited", "it runs with no port")
+    assert world.guest_status()["port_state"] == "missing"
+    print(f"CPU, no port: {100 * world.guest_cpu(8):.2f} %")
+    vm.port_add(AGENT_PORT)
+    world.start_collector()
+    assert world.complete("-2/early")["exit_code"] == 0
+    assert world.raw("-2/early") == b"early\n"
 
-        pid = _start_counter(world)
-        for _ in range(2):
-            world.more("-1/counter")
-            vm.port_del(AGENT_PORT)
-            world.wait(lambda: world.guest_status().get("port_state") == "missing", "the port is missed")
-            vm.port_add(AGENT_PORT)
+    pid = _start_counter(world)
+    for _ in range(2):
         world.more("-1/counter")
-        _check_counter(world, pid)
-
-        # The rule for udev: a port that is plugged in starts the service where nothing else has.
-        vm.check("systemctl stop vmr-agent")
         vm.port_del(AGENT_PORT)
+        world.wait(lambda: world.guest_status().get("port_state") == "missing", "the port is missed")
         vm.port_add(AGENT_PORT)
-        world.wait(world.daemon_pid, "the service, started by the port")
+    world.more("-1/counter")
+    _check_counter(world, pid)
+
+    # The rule for udev: a port that is plugged in starts the service where nothing else has.
+    vm.check("systemctl stop vmr-agent")
+    vm.port_del(AGENT_PORT)
+    vm.port_add(AGENT_PORT)
+    world.wait(world.daemon_pid, "the service, started by the port")
 
 
 def test_the_port_is_busy_and_the_host_away(world: VmWorld) -> None:
