@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,8 +133,16 @@ def main() -> None:
         raise SystemExit(in_venv("newest", NEWEST, [str(args.sim)], module="tests.sim.run"))
     if args.pytest:
         raise SystemExit(in_venv("newest", NEWEST, args.pytest))
+    with tempfile.TemporaryDirectory(prefix="vmr-agent-tests-") as built:
+        # The packages are built once, for all lanes and all that runs beside each other in them.
+        os.environ["VMR_AGENT_TESTS_WORKPLACE"] = built
+        raise SystemExit(1 if any(run_lanes(long=args.long)) else 0)
+
+
+def run_lanes(*, long: bool) -> list[int]:
+    """All of them; their exit codes."""
     install_tools()
-    choose = [] if args.long else ["-m", "not long"]
+    choose = [] if long else ["-m", "not long"]
     common = ["-q", "--timeout=300", *choose]
     failed = [run_lane("newest", NEWEST, [*common, "--ignore=tests/vm", "tests"], beside=PARALLEL)]
     failed.append(run_lane("newest", NEWEST, [*common, "tests/vm"], beside=TWO_VMS, title="in a VM"))
@@ -145,7 +154,7 @@ def main() -> None:
     failed.append(
         run_lane("oldest", OLDEST, [*common, *LIBRARIES], beside=PARALLEL, python=old or sys.executable)
     )
-    raise SystemExit(1 if any(failed) else 0)
+    return failed
 
 
 if __name__ == "__main__":

@@ -6,11 +6,15 @@ Knows packaging/'s commands and what they print; nothing of VMs.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
+import os
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
@@ -25,25 +29,44 @@ LATER = "99.1"
 """The version of an upgrade."""
 
 
+WORKPLACE = "VMR_AGENT_TESTS_WORKPLACE"
+"""Names a directory in the environment: what is in it serves all processes of a test run."""
+
+
 @functools.cache
 def workplace() -> Path:
-    """A directory for all that is built; it goes with this process."""
+    """A directory for all that is built; it goes with this process, or with whoever made the one that is named."""
+    if WORKPLACE in os.environ:
+        return Path(os.environ[WORKPLACE])
     path = Path(tempfile.mkdtemp(prefix="packages-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
+
+
+@contextlib.contextmanager
+def _made_once(name: str) -> Iterator[tuple[Path, Path]]:
+    """A directory of the workplace, and where to make it if it isn't there, while nobody else does."""
+    path = workplace() / name
+    with (workplace() / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        making = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=workplace())) / "made"
+        yield path, making
+        if making.exists():
+            making.rename(path)
 
 
 @functools.cache
 def sources() -> Path:
     """The sources as they were when first asked for, without `.git`: what is edited meanwhile makes no difference."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "out", "*.egg-info", ".*")
-    tree = workplace() / "sources"
-    tree.mkdir()
-    for name in SOURCES:
-        if (REPOSITORY / name).is_dir():
-            shutil.copytree(REPOSITORY / name, tree / name, ignore=ignore)
-        else:
-            shutil.copy(REPOSITORY / name, tree / name)
+    with _made_once("sources") as (tree, making):
+        if not tree.exists():
+            making.mkdir()
+            for name in SOURCES:
+                if (REPOSITORY / name).is_dir():
+                    shutil.copytree(REPOSITORY / name, making / name, ignore=ignore)
+                else:
+                    shutil.copy(REPOSITORY / name, making / name)
     return tree
 
 
@@ -78,8 +101,8 @@ def debs(version: Optional[str] = None) -> dict[str, Path]:
 
 @functools.cache
 def _debs(version: Optional[str]) -> dict[str, Path]:
-    name = version or "current"
-    # Of its own each time: a build that is skipped is asked for again.
-    tree = export(Path(tempfile.mkdtemp(prefix=f"{name}-", dir=workplace())) / "source", version)
-    made = build("build-deb", "--no-tests", "--out", str(workplace() / name), tree=tree)
-    return {path.name.partition("_")[0]: path for path in made}
+    with _made_once(version or "current") as (out, making):
+        if not out.exists():
+            tree = export(making.with_name("source"), version)
+            build("build-deb", "--no-tests", "--out", str(making), tree=tree)
+    return {path.name.partition("_")[0]: path for path in sorted(out.glob("*.deb"))}

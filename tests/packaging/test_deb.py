@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_they_come_and_go_in_a_tree_without_a_running_systemd(tmp_path: Path) ->
     """How an image's tree is made: no processes, no /proc, and an upgrade before the first boot."""
     if os.geteuid() != 0 or shutil.which("mmdebstrap") is None:
         pytest.skip("needs root and mmdebstrap")
-    root = workplace() / "root"
+    root = Path(tempfile.mkdtemp(dir=workplace())) / "root"
     needed = "systemd,udev,python3-psutil,python3-watchdog,python3-msgpack"
     run("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={needed}", "bookworm", root)
 
