@@ -43,7 +43,7 @@ def room(tmp_path: Path) -> Iterator[Path]:
 
 
 def online(world: World) -> None:
-    until(lambda: b'"online": true' in world.host("mix", "--json").stdout, "a session")
+    until(world.online, "a session")
 
 
 def done(world: World, *arguments: Union[str, bytes, Path]) -> str:

@@ -157,6 +157,14 @@ class World:
         except Problem:
             return {}
 
+    def online(self) -> bool:
+        """Whether the collector has a session with the VM."""
+        try:
+            with control.Connection(self.control, program="collector", hint="") as collector:
+                return any(vm["online"] for vm in collector.ask("mix", vm="Server")["vms"])
+        except Problem:
+            return False
+
     def row(self, vmr: str) -> dict[str, Any]:
         """The row of one VMR in the daemon, empty when it isn't known there, or nobody answers."""
         return next((row for row in self.answer().get("vmrs", ()) if row["vmr"] == vmr), {})

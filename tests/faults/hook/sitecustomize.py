@@ -68,9 +68,11 @@ class Killer:
             if step["role"] == role and step["vmr"] == vmr and name not in taken:
                 key = step["file"], step["function"]
                 self.armed.setdefault(key, []).append({**step, "name": name, "seen": 0})
-        sys.settrace(self.trace)
-        threading.settrace(self.trace)
-        if role == "shim":
+        # Where there is nothing to be killed at, nothing is looked at: each call would be. A fork server has no role.
+        trace = self.trace if self.armed or not role else None
+        sys.settrace(trace)
+        threading.settrace(trace)
+        if role == "shim" and self.armed:
             _thread.start_new_thread = self.start_traced
 
     def start_traced(self, work, arguments):
