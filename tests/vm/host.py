@@ -120,10 +120,14 @@ class VmWorld(World):
 
     def guest_status(self) -> dict[str, Any]:
         """What the daemon answers to `status` on its socket; empty while it doesn't."""
+        # Asked again and again while something is waited for: `json` and `socket` would take as long as Python itself.
         ask = (
-            "import json, socket\n"
-            "s = socket.socket(socket.AF_UNIX); s.connect('/run/vmr-agent/control')\n"
-            's.sendall(b\'{"verb": "status"}\\n\'); print(s.makefile().readline())\n'
+            "import _socket, sys\n"
+            "s = _socket.socket(_socket.AF_UNIX); s.connect('/run/vmr-agent/control')\n"
+            's.send(b\'{"verb": "status"}\\n\'); line = b""\n'
+            "while not line.endswith(b'\\n'):\n"
+            "    line += s.recv(1 << 16) or sys.exit(1)\n"
+            "print(line.decode())\n"
         )
         code, output = self.vm.run(f"python3 -ISE -c {shlex.quote(ask)} 2>/dev/null")
         return json.loads(output) if code == 0 else {}
