@@ -1309,9 +1309,9 @@ class Spool(History):
 
     def _mark(self, name: str, there: bool) -> None:
         """Make or remove a file that tells shims something. Where it can't be done now, the next look does it."""
-        path = self.path / name
         with contextlib.suppress(OSError):
-            if path.exists() != there:
+            if os.path.exists(f"{self.path}/{name}") != there:
+                path = self.path / name
                 path.touch(0o600) if there else path.unlink()
 
     def _continue_survey(self) -> None:

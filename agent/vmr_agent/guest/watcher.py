@@ -66,6 +66,7 @@ class Watcher:
         self._held = False
         self._problem: Optional[str] = None
         self._starts: dict[bytes, _StartTime] = {}
+        self._listed = _Listed()
         self._vmrs: dict[bytes, Vmr] = {}
         self._unready: dict[bytes, _Entry] = {}
         self._changed: set[bytes] = set()
@@ -199,7 +200,11 @@ class Watcher:
                 self._problem = f"cannot use {show(self._path)}: {error.strerror}"
             finally:
                 os.close(root)
-        waiting: tuple[Union[_Entry, _StartTime], ...] = (*self._unready.values(), *self._starts.values())
+        waiting: tuple[Union[_Entry, _Listed], ...] = (
+            *self._unready.values(),
+            *self._starts.values(),
+            self._listed,
+        )
         # With a problem nothing was looked at, and what is due would stay so; it is looked for each second anyway.
         self._due = _NEVER if self._problem else min((one.due for one in waiting), default=_NEVER)
 
@@ -256,25 +261,29 @@ class Watcher:
         for name in hints.touched.union(hints.vanished, self._unready):
             start_time, _, directory = name.partition(b"/")
             wanted.setdefault(start_time, set()).add(directory)
-        present = self._start_times(root)
+        present = self._start_times(root, hints)
         for start in [start for name, start in self._starts.items() if name not in present]:
             self._forget_start(start)
         for name, key in present.items():
             start = self._starts.setdefault(name, _StartTime(name))
-            # A listing made within the kernel's clock tick of a change can lack the change and yet bear its
-            # mtime, so one is believed only when made a while after that mtime was first seen.
-            listing = hints.everything or key != start.key or start.due <= self._now
-            if listing:
-                start.due = _NEVER if key == start.key else self._at() + self._settle
-                start.key = key
+            listing = self._to_be_listed(start, key, hints)
             if listing or name in wanted:
                 self._scan_start_time(root, start, hints, wanted.get(name, set()), listing=listing)
 
-    def _start_times(self, root: int) -> dict[bytes, tuple[int, ...]]:
+    def _to_be_listed(self, directory: _Listed, key: tuple[int, ...], hints: Hints) -> bool:
+        # A listing made within the kernel's clock tick of a change can lack the change and yet bear its
+        # mtime, so one is believed only when made a while after that mtime was first seen.
+        listing = hints.everything or key != directory.key or directory.due <= self._now
+        if listing:
+            directory.due = _NEVER if key == directory.key else self._at() + self._settle
+            directory.key = key
+        return listing
+
+    def _start_times(self, root: int, hints: Hints) -> dict[bytes, tuple[int, ...]]:
         """The start-time directories, each with what tells whether something came or went in it."""
         found: dict[bytes, tuple[int, ...]] = {}
-        for text in os.listdir(root):
-            name = os.fsencode(text)
+        listing = self._to_be_listed(self._listed, _changes(os.fstat(root)), hints)
+        for name in map(os.fsencode, os.listdir(root)) if listing else list(self._starts):
             if name.startswith(b"."):
                 continue
             if name not in self._starts and parse_start_time(name) is None:
@@ -284,7 +293,7 @@ class Watcher:
             if info is None:
                 continue
             if stat.S_ISDIR(info.st_mode):
-                found[name] = (info.st_dev, info.st_ino, info.st_mtime_ns, info.st_ctime_ns)
+                found[name] = _changes(info)
             else:
                 self._name_once(
                     name, "it is a link" if stat.S_ISLNK(info.st_mode) else "it is not a directory"
@@ -448,15 +457,20 @@ class Watcher:
         del self._starts[start.name]
 
 
-class _StartTime:
-    """A start-time directory as last listed."""
+class _Listed:
+    """A directory as last listed."""
 
-    def __init__(self, name: bytes) -> None:
-        self.name = name
-        self.entries: dict[bytes, _Entry] = {}
+    def __init__(self) -> None:
         self.key: tuple[int, ...] = ()
         self.due = _NEVER
         """When it must be listed again though its mtime stays."""
+
+
+class _StartTime(_Listed):
+    def __init__(self, name: bytes) -> None:
+        super().__init__()
+        self.name = name
+        self.entries: dict[bytes, _Entry] = {}
 
 
 class _Entry:
@@ -492,6 +506,11 @@ def _look_up(name: Union[str, bytes], parent: int) -> Optional[os.stat_result]:
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
     except OSError:
         return None
+
+
+def _changes(directory: os.stat_result) -> tuple[int, ...]:
+    """What tells whether something came or went in it."""
+    return (directory.st_dev, directory.st_ino, directory.st_mtime_ns, directory.st_ctime_ns)
 
 
 def _identity(script: os.stat_result) -> Identity:
