@@ -275,7 +275,8 @@ class Watcher:
         # mtime, so one is believed only when made a while after that mtime was first seen.
         listing = hints.everything or key != directory.key or directory.due <= self._now
         if listing:
-            directory.due = _NEVER if key == directory.key else self._at() + self._settle
+            # Twice `settle`: behind what has settled by then, which it must not hold up.
+            directory.due = _NEVER if key == directory.key else self._at() + 2 * self._settle
             directory.key = key
         return listing
 
