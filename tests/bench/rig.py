@@ -125,8 +125,9 @@ class Rig(World):
 
     def ready(self) -> None:
         self.stage("-9/first", ":")  # a VM with nothing staged is never configured
-        self.start_collector()
-        self.start_daemon()
+        # As service managers have them: what shares a session shares one share of the processor (sched(7), autogroup).
+        self.start_collector(before=in_session(0))
+        self.start_daemon(before=in_session(_nice_of_the_unit()))
         self.wait_ready()
 
     def wait_ready(self) -> None:
@@ -262,9 +263,20 @@ def interleaved(rounds: int, **measures: Callable[[], float]) -> dict[str, float
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def helper(name: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+def helper(name: str, *arguments: str, before: Sequence[str] = (), **options: Any) -> subprocess.Popen[bytes]:
     """One of the small programs here, as a process of its own; -S -E: nothing but the interpreter."""
-    return subprocess.Popen([sys.executable, "-S", "-E", str(HERE / name), *arguments], **options)
+    return subprocess.Popen([*before, sys.executable, "-S", "-E", str(HERE / name), *arguments], **options)
+
+
+def in_session(nice: int) -> list[str]:
+    """A command that executes what follows it in a session of its own, with this priority where it may have it."""
+    script = f'echo {nice} 2>/dev/null >/proc/self/autogroup; exec "$@"'
+    return ["setsid", "sh", "-c", script, "sh"]
+
+
+def _nice_of_the_unit() -> int:
+    unit = (HERE.parents[1] / "systemd" / "vmr-agent.service").read_text()
+    return int(unit.partition("\nNice=")[2].split()[0])
 
 
 def ready(process: subprocess.Popen[bytes]) -> bytes:

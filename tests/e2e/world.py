@@ -113,11 +113,19 @@ class World:
         )
         return self.daemon
 
-    def start_collector(self, *options: str) -> subprocess.Popen[bytes]:
+    def start_collector(self, *options: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         log = (self.path / "collector.log").open("ab")
         self.collector = subprocess.Popen(
             [
-                *(sys.executable, "-m", "vmr_agent.cli.host", "collect", "--log-dir", str(self.logs)),
+                *(
+                    *before,
+                    sys.executable,
+                    "-m",
+                    "vmr_agent.cli.host",
+                    "collect",
+                    "--log-dir",
+                    str(self.logs),
+                ),
                 *("--listen", f"Server={self.port}", *options),
             ],
             env=self.environment,

@@ -373,6 +373,18 @@ cut -d' ' -f 6 /proc/$$/stat; echo $$
     assert lines[7] == lines[8], "the script leads a session of its own"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a priority that was lowered is raised again: needs root")
+@pytest.mark.parametrize("nice", [-5, 5])
+def test_a_script_has_the_priority_of_a_login_whatever_the_daemon_has(tmp_path: Path, nice: int) -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, nice)
+    try:
+        rig = Rig(tmp_path)
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    assert everything(rig.run("#!/bin/sh\nnice\n"), Stream.STDOUT) == b"0\n"
+    rig.close()
+
+
 def test_a_broken_pipe_ends_a_writer_as_everywhere(rig: Rig) -> None:
     """Python ignores SIGPIPE; a script that inherits that writes for ever, or reports errors."""
     run = rig.run("#!/bin/sh\nyes | head -n 1; echo done\n")

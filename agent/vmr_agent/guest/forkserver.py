@@ -56,6 +56,10 @@ def main() -> None:
     for number in every - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps shims
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)  # a login's: the daemon may go before what it starts
+    except PermissionError:
+        pass
     gc.disable()
     gc.freeze()  # a collection would write to every object, and so copy every page that shims share
     waiting: socket.socket | None = None  # the way to a shim that has no order yet

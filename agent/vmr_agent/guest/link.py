@@ -23,8 +23,10 @@ _QUEUED = 20_000  # messages to the host; more is a host that asks and doesn't r
 _BURST = 64  # writes done, and reads taken, before the loop looks at the rest
 _JOINED = 16  # frames written at once, at most
 _TOGETHER = 8  # writes done by one call, at most
-# s; the same where they take their time, so that a line beside a flood is not late by all of them.
-_SLICE = 0.03
+# The same where writes take their time, so that a line beside a flood is not late by all of them: four times as long as
+# the rest of the loop takes, which in a slow VM is long.
+_SHARE = 4
+_SLICE = (0.001, 0.03)  # s; at least, at most
 
 
 class Link:
@@ -51,6 +53,8 @@ class Link:
         self._blocked = False  # the port took nothing more
         self.more = False
         """The last turn left something undone that no wake-up will tell of."""
+        self._spoke = 0.0  # when that was, where it left something undone; else 0
+        self._rest = 0.0  # s, for the rest of the loop
         self._said = ""
         self._up_since = 0.0
         self._garbage_before = 0
@@ -131,15 +135,20 @@ class Link:
         """Write what there is to write, until the port takes no more."""
         self._outbox.extend(self._session.take())
         self._blocked = False
-        began = machine.boottime()
+        began = now = machine.boottime()
+        if self._spoke:  # and who had the processor meanwhile is soon forgotten
+            self._rest = min(began - self._spoke, 2 * self._rest + _SLICE[0])
+        until = began + min(max(_SHARE * self._rest, _SLICE[0]), _SLICE[1])
         for _ in range(_BURST):
             if not self._write():
                 break
-            if machine.boottime() > began + _SLICE:
+            now = machine.boottime()
+            if now > until:
                 self.more = True
                 break
         else:
             self.more = True  # to write, and no edge will tell
+        self._spoke = now if self.more else 0.0
         if self._port.state is PortState.UP:
             self._port.want_room(self._blocked)
 
