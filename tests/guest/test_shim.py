@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 
 from tests.guest.rig import BOOT_ID, VMR, Rig, alive, eventually, everything, result
 from vmr_agent.guest.runner import Runner, fork_server_command
-from vmr_agent.guest.shim import OUTPUT, to_json
+from vmr_agent.guest.shim import MUCH_TOLD_S, OUTPUT, _find_prctl, to_json
 from vmr_agent.guest.spool import RECORD, Run
 from vmr_agent.runs import Ending, RunState, Stream, Trigger
 
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system: needs root")
 
 
@@ -117,6 +118,17 @@ def test_the_daemon_is_told_of_start_output_and_end(rig: Rig) -> None:
     assert set(seen) == {run.info.run, run.info.run + OUTPUT}
 
 
+def test_what_prints_much_leaves_room_for_others_in_the_daemons_queue(rig: Rig) -> None:
+    """It holds ten by default, and a flood that told of each read would have them all."""
+    rig.stage("#!/bin/sh\nhead -c 200000000 /dev/zero\n")
+    rig.kicks.settimeout(20)
+    began, run, seen = time.monotonic(), rig.start(), 0
+    while not run.closed():
+        seen += rig.kicks.recv(64) == run.info.run + OUTPUT
+    assert result(run).stdout == 200_000_000
+    assert 1 <= seen <= 2 + (time.monotonic() - began) / MUCH_TOLD_S
+
+
 @given(st.dictionaries(st.text("abc_"), st.text() | st.booleans() | st.integers() | st.floats(0, 1e12)))
 def test_records_are_json(row: dict[str, Union[str, int, float]]) -> None:
     """Written without `json`, which would take a megabyte of each VM."""
@@ -185,6 +197,17 @@ def test_a_background_child_delays_closed_but_not_the_exit(rig: Rig) -> None:
     assert everything(run, Stream.STDOUT) == b"early\nlate\n"
     assert run.closed() == (11, 0)
     assert (result(run).stdout, run.close_reason()) == (6, "")
+
+
+def test_prctl_is_found_also_where_the_short_way_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for way in ("short", "long"):
+        prctl = _find_prctl()
+        assert prctl(_PR_SET_PDEATHSIG, 0) == 0, way
+        assert prctl(_PR_SET_PDEATHSIG, 4711) == -1, way
+        found.append(prctl.__code__)
+        monkeypatch.delattr("_ctypes.call_function", raising=False)
+    assert found[0] is not found[1]
 
 
 def test_children_in_sessions_of_their_own_are_adopted_and_reaped(rig: Rig) -> None:
