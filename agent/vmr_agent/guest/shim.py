@@ -38,8 +38,8 @@ JOIN_NS = 10_000_000  # adjacent reads closer than this share one record of the 
 SYNC_S = 1.0  # from a byte's capture to the sync that takes it, or the end of one under way: a power cut may take it
 RETRY_S = 0.2  # while blocked
 START_TOLD_S = 0.1  # that it has begun is told with its first output or its end, if they come so soon
-# What prints much is told of so often at the most: the daemon goes on with it until it has all there is, and its short
-# queue is to have room for others.
+# What prints more than so much in so long is told of once in it: the daemon goes on with it until it has all there is,
+# and its short queue is to have room for others.
 MUCH, MUCH_TOLD_S = 64 * 1024, 0.05
 KICK_RETRY_S = 0.005  # the daemon's queue holds 10 datagrams by default
 LAST_SYNC_S = 30.0  # how long an end waits for a disk that fails to take the bytes it counts
@@ -246,7 +246,7 @@ class Shim:
         self.kicks = kicks
         self.kick_owed: bytes | None = None  # OUTPUT, or empty where more than that is to be told
         self.kick_due = 0.0
-        self.much_told = 0.0
+        self.counted = (0.0, 0)  # since when, and bytes: see MUCH
         self.buffer = memoryview(mmap.mmap(-1, READ))  # takes memory only as far as reads fill it
         self.record_at = -RECORD.size  # where the index's last record lies
         self.record = (0, 0, 0, 0)
@@ -519,13 +519,13 @@ class Shim:
             self.sync_due = now + SYNC_S
         if now >= self.check_due or (self.unchecked >= CHECK_BYTES and not self.dropping):
             self._check_space()
-        if count < MUCH:
-            self._kick(OUTPUT)
-        elif now >= self.much_told + MUCH_TOLD_S:
-            self.much_told = now
+        since, printed = self.counted
+        since, printed = (since, printed + count) if now < since + MUCH_TOLD_S else (now, 0)
+        self.counted = (since, printed)
+        if printed < MUCH:
             self._kick(OUTPUT)
         elif self.kick_owed is None:
-            self.kick_owed, self.kick_due = OUTPUT, self.much_told + MUCH_TOLD_S
+            self.kick_owed, self.kick_due = OUTPUT, since + MUCH_TOLD_S
         return count
 
     def _put(self, stream: Stream, data: memoryview, wall_ns: int) -> None:
