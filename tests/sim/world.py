@@ -188,6 +188,7 @@ class World:
         spool.Run.prune.__kwdefaults__["tail"] = spool.KEPT_TAIL
         shim.READ = 16_384
         shim.CHECK_BYTES = 2_000
+        shim.MUCH = 500
         shim.SYNC_S = constants["sync_s"]
         life.CHECKPOINT_RECORDS = 40
         collector.SWEEP_BYTES = 8_000
