@@ -5,6 +5,7 @@ Guest and host both speak them. It must not know: where anything is stored, or h
 
 from __future__ import annotations
 
+import datetime
 import enum
 import signal
 import string
@@ -261,8 +262,6 @@ def timestamp(wall_ns: int) -> str:
 
     A guest may claim any time; one that no calendar has is shown as the nearest there is.
     """
-    import datetime  # here, as it takes 0.3 MB, and a daemon seldom comes here
-
     seconds, ns = divmod(wall_ns, 10**9)
     seconds = min(max(seconds, -62_135_596_800), 253_402_300_799)  # the years 1 to 9999
     moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
