@@ -220,6 +220,7 @@ MANY_VMS = (
 ELSEWHERE = {
     "shim.main _write": "before it has an order: test_runner kills shims that wait for one",
     "shim.Shim._fork fork": "before it has an order",
+    "shim.Shim._child write": "what would be the script could not become one: as one that can't be executed",
     "shim.Shim._become_a_login _write": "before it has an order: test_runner, test_shim",
     "shim.hold _note": "no space to begin: test_spool and test_shim fill a disk; the run waits, with or without it",
     "shim.hold _note 2": "a mistake of ours: a last word, with or without it the run is lost",

@@ -162,6 +162,18 @@ def test_a_death_by_signal_is_a_signal_not_a_code(rig: Rig) -> None:
     assert result(run).exit_code is None
 
 
+def test_what_is_long_in_coming_is_told_of_meanwhile(rig: Rig) -> None:
+    """A script that is open for writing can't be executed yet; its process is there."""
+    script = rig.stage("#!/bin/sh\n")
+    rig.kicks.settimeout(20)
+    with script.open("ab"):
+        run = rig.start()
+        assert rig.kicks.recv(64) == run.info.run
+        assert run.started() is not None and run.result() is None
+    rig.wait(run, RunState.CLOSED)
+    assert result(run).value == 0
+
+
 def test_a_script_killed_before_it_is_let_go_died_of_a_signal(rig: Rig) -> None:
     """Its process is there from before the syncs, and whatever kills processes may choose this one."""
     rig.stage("#!/bin/sh\necho never\n")

@@ -146,6 +146,19 @@ def test_a_settled_directory_needs_no_scan(scene: Scene) -> None:
     assert not scene.watcher.due(scene.now + 1e6)
 
 
+def test_a_launch_directory_that_was_away_is_listed_again(scene: Scene) -> None:
+    """Moved away and back it is as it was, to the nanosecond."""
+    stage(scene.root)
+    scene.settle()
+    away = scene.root.with_name("away")
+    scene.root.rename(away)
+    scene.scan(1.0)
+    assert not scene.watcher.vmrs
+    away.rename(scene.root)
+    scene.scan(1.0)
+    assert b"-4/x" in scene.watcher.vmrs
+
+
 @pytest.mark.parametrize("what", ["grows", "same size", "new file", "deep", "removed", "script"])
 def test_a_change_after_the_x_bit_puts_it_off(scene: Scene, what: str) -> None:
     directory = stage(scene.root)

@@ -396,3 +396,7 @@ def _reset(args: argparse.Namespace, settings: Settings) -> int:
     with daemon:
         daemon.ask("reset")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

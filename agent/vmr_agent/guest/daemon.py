@@ -106,6 +106,7 @@ class Daemon:
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Runs go on when this returns; the next daemon finds them."""
         machine.become_subreaper()
+        machine.go_first()
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""What lives here: a small process that forks one shim for each order.
+"""What lives here: a small process that forks a shim for each order.
 
 Forked from here a run costs a third of an interpreter's start, and shares its memory. A shim may be asked for ahead of
 its order: by the time it comes, all that takes long is done. Executed by path, as ``python -I -S -E forkserver.py``,
@@ -82,7 +82,8 @@ def main() -> None:
             if not _give(waiting, order):  # it has died waiting
                 _give(_fork(orders, kicks), order)
         except OSError as error:
-            orders.send(f"cannot fork a shim: {error.strerror}".encode())
+            if order != READY:  # else it was only a hint
+                _say(orders, f"cannot fork a shim: {error.strerror}")
         waiting = None
 
 
@@ -109,6 +110,13 @@ def _taken(theirs: socket.socket) -> bytes:
         return theirs.recv(MAX_ORDER)
     finally:
         theirs.close()
+
+
+def _say(orders: socket.socket, words: str) -> None:
+    try:
+        orders.send(words.encode())
+    except OSError:
+        pass  # the daemon is gone, or doesn't listen; the run is ordered again by whoever comes
 
 
 def _give(shim: socket.socket, order: bytes) -> bool:

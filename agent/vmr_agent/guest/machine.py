@@ -71,6 +71,15 @@ def become_subreaper() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def go_first() -> None:
+    """Have the priority that this process was given count also where the kernel groups by session, in which case it
+    would count among this session's processes alone (autogroup in sched(7)). Nothing where there is no such thing."""
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    if nice < 0:
+        with suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(nice))
+
+
 def give_back_memory() -> None:
     """Return what the start has used and freed to the VM: 1.4 MB. Needs glibc (malloc_trim(3))."""
     with suppress(AttributeError):

@@ -143,8 +143,10 @@ class Runner:
         now = time.monotonic()
         if self._orders is not None and now - self._readied >= forkserver.KEPT_S / 2:
             self._readied = now
-            with contextlib.suppress(OSError):
+            try:
                 self._orders.send(forkserver.READY)
+            except OSError as error:
+                self._takes_no_orders(error)
 
     def start(
         self,
@@ -290,8 +292,11 @@ class Runner:
                 self._orders.send(order)
                 return
             except OSError as error:
-                self._log(f"the fork server takes no orders ({error}); starting another")
-                self._stop_server()
+                self._takes_no_orders(error)
+
+    def _takes_no_orders(self, error: OSError) -> None:
+        self._log(f"the fork server takes no orders ({error}); starting another")
+        self._stop_server()
 
 
 def sync_directory(path: bytes) -> None:

@@ -87,7 +87,7 @@ _prctl = _find_prctl()  # once, in the fork server
 
 
 class Waits(Exception):
-    """There is no space to begin; nothing has been started and the same order may be given again."""
+    """It can't begin for want of something; nothing has been started and the same order may be given again."""
 
 
 def main(take: Callable[[], bytes], kicks: socket.socket) -> None:
@@ -247,7 +247,6 @@ class Shim:
         self.kick_owed: bytes | None = None  # OUTPUT, or empty where more than that is to be told
         self.kick_due = 0.0
         self.counted = (0.0, 0)  # since when, and bytes: see MUCH
-        self.buffer = memoryview(mmap.mmap(-1, READ))  # takes memory only as far as reads fill it
         self.record_at = -RECORD.size  # where the index's last record lies
         self.record = (0, 0, 0, 0)
         self.sync_due = 0.0  # 0: nothing to sync
@@ -270,12 +269,13 @@ class Shim:
     def prepare(self) -> None:
         """All that can be done without an order, as far as the script's process, which waits until it is let go."""
         try:
+            self.buffer = memoryview(mmap.mmap(-1, READ))  # takes memory only as far as reads fill it
             self._listen_for_deaths()
             self._adopt()
             self.streams = (Stream(1, "stdout"), Stream(2, "stderr"))
             self._fork()
-        except OSError as error:
-            self.unready = error.strerror or repr(error)  # there is no run yet to say it of
+        except (OSError, MemoryError) as error:
+            self.unready = getattr(error, "strerror", None) or repr(error)  # there is no run yet to say it of
 
     def take(self, order: list[bytes]) -> None:
         run, self.directory, self.script, self.vmr, attempt, boot_id, self.state_dir, self.kick_path = order
@@ -314,6 +314,10 @@ class Shim:
             pass  # it was killed while it waited, and its status says so
         os.close(self.go)
         self.kick_owed, self.kick_due = b"", time.monotonic() + START_TOLD_S
+        poll = select.poll()
+        poll.register(self.failed, select.POLLIN)
+        if not poll.poll(START_TOLD_S * 1000):  # an interpreter that is long in coming
+            self._kick()
         failure = os.read(self.failed, 4)  # end of file: the script is executing
         os.close(self.failed)
         self.exec_errno = struct.unpack("=i", failure)[0] if failure else 0
@@ -400,6 +404,9 @@ class Shim:
                 order += part
             if order.endswith(GO):
                 self._execute(order[: -len(GO)].split(b"\0"), failed)
+        except BaseException as error:
+            os.write(failed, struct.pack("=i", getattr(error, "errno", None) or errno.EIO))
+            os._exit(127)
         finally:
             os._exit(0)  # the shim died, or had no run, before its start was durable: it must not run
 

@@ -37,6 +37,7 @@ _MAX_FILES = 10_000
 _WALK_S = 1.0
 _WALK_STALE_S = 30.0
 
+_TICK_S = 0.02  # more than the kernel's clock tick, by which it says when a directory was changed
 _MAX_DOUBLINGS = 5  # of `settle`, for a tree that is written to after its x bit was set
 _MAX_NAMED = 1000  # lines in the log about what isn't a VMR
 # Between two tries to get events; twice as long after each, for each that fails costs watchdog 2 an inotify instance.
@@ -185,6 +186,7 @@ class Watcher:
         root = self._open_root()
         if root is None:
             self._held = False
+            self._listed = _Listed()
             for start in list(self._starts.values()):
                 self._forget_start(start)
         else:
@@ -268,23 +270,32 @@ class Watcher:
             start = self._starts.setdefault(name, _StartTime(name))
             listing = self._to_be_listed(start, key, hints)
             if listing or name in wanted:
-                self._scan_start_time(root, start, hints, wanted.get(name, set()), listing=listing)
+                self._scan_start_time(
+                    root, start, hints, wanted.get(name, set()), listing=key if listing else None
+                )
 
     def _to_be_listed(self, directory: _Listed, key: tuple[int, ...], hints: Hints) -> bool:
         # A listing made within the kernel's clock tick of a change can lack the change and yet bear its
         # mtime, so one is believed only when made a while after that mtime was first seen.
-        listing = hints.everything or key != directory.key or directory.due <= self._now
-        if listing:
-            # Twice `settle`: behind what has settled by then, which it must not hold up.
-            directory.due = _NEVER if key == directory.key else self._at() + 2 * self._settle
-            directory.key = key
-        return listing
+        return hints.everything or key != directory.key or directory.due <= self._now
+
+    def _was_listed(self, directory: _Listed, key: tuple[int, ...]) -> None:
+        if key != directory.key:
+            # Behind what will have settled by then, which it must not hold up. Some file systems know seconds only.
+            wait = 2.0 if key[2] % 10**9 == 0 else max(2 * self._settle, _TICK_S)
+            directory.key, directory.due = key, self._at() + wait
+        elif directory.due <= self._now:
+            directory.due = _NEVER
 
     def _start_times(self, root: int, hints: Hints) -> dict[bytes, tuple[int, ...]]:
         """The start-time directories, each with what tells whether something came or went in it."""
         found: dict[bytes, tuple[int, ...]] = {}
-        listing = self._to_be_listed(self._listed, _changes(os.fstat(root)), hints)
-        for name in map(os.fsencode, os.listdir(root)) if listing else list(self._starts):
+        key = _changes(os.fstat(root))
+        listing = self._to_be_listed(self._listed, key, hints)
+        names = [os.fsencode(text) for text in os.listdir(root)] if listing else list(self._starts)
+        if listing:
+            self._was_listed(self._listed, key)
+        for name in names:
             if name.startswith(b"."):
                 continue
             if name not in self._starts and parse_start_time(name) is None:
@@ -292,6 +303,7 @@ class Watcher:
                 continue
             info = _look_up(name, root)
             if info is None:
+                self._listed.key = ()  # it may come back, without a change here
                 continue
             if stat.S_ISDIR(info.st_mode):
                 found[name] = _changes(info)
@@ -307,16 +319,24 @@ class Watcher:
             self._log(f"cannot use {show(self._path + b'/' + name)}: {why}")
 
     def _scan_start_time(
-        self, root: int, start: _StartTime, hints: Hints, wanted: set[bytes], *, listing: bool
+        self,
+        root: int,
+        start: _StartTime,
+        hints: Hints,
+        wanted: set[bytes],
+        *,
+        listing: Optional[tuple[int, ...]],
     ) -> None:
+        """``listing``: what says that it has changed, where it is to be listed."""
         try:
             fd = os.open(start.name, _DIRECTORY, dir_fd=root)
         except OSError:
             return  # vanished, or swapped, just now: the next scan sees what it is
         try:
             reason = _distrust(os.fstat(fd), show(start.name), self._trusted)
-            if listing:
+            if listing is not None:
                 wanted = wanted | self._list(fd, start)
+                self._was_listed(start, listing)
             everything = hints.everything or reason is not None or start.name in hints.vanished
             for directory in list(start.entries) if everything else wanted:
                 entry = start.entries.get(directory)
