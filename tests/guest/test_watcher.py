@@ -147,14 +147,15 @@ def test_a_settled_directory_needs_no_scan(scene: Scene) -> None:
 
 
 def test_a_launch_directory_that_was_away_is_listed_again(scene: Scene) -> None:
-    """Moved away and back it is as it was, to the nanosecond."""
+    """What it lies in is moved away and back: it is as it was, to the nanosecond."""
     stage(scene.root)
     scene.settle()
-    away = scene.root.with_name("away")
-    scene.root.rename(away)
+    above = scene.root.parent
+    away = above.with_name(f"{above.name} away")
+    above.rename(away)
     scene.scan(1.0)
     assert not scene.watcher.vmrs
-    away.rename(scene.root)
+    away.rename(above)
     scene.scan(1.0)
     assert b"-4/x" in scene.watcher.vmrs
 
