@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmr_agent.guest import watcher
 from vmr_agent.guest.watcher import Watcher
 from vmr_agent.schedule import Staging
 
@@ -144,6 +145,20 @@ def test_a_settled_directory_needs_no_scan(scene: Scene) -> None:
     scene.settle()
     assert scene.watcher.next_due() is None
     assert not scene.watcher.due(scene.now + 1e6)
+
+
+def test_a_start_time_that_fails_to_be_looked_at_is_seen_later_and_keeps_nobody_awake(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage(scene.root)
+    real = watcher._look_up
+    monkeypatch.setattr(watcher, "_look_up", lambda name, at: None if name == b"-4" else real(name, at))
+    scene.scan()
+    scene.scan(1.0)
+    assert not scene.watcher.vmrs and scene.watcher.next_due() is None
+    monkeypatch.undo()
+    scene.scan(1.0)
+    assert b"-4/x" in scene.watcher.vmrs
 
 
 def test_a_launch_directory_that_was_away_is_listed_again(scene: Scene) -> None:

@@ -398,7 +398,7 @@ class RestoredShim(Shim):
     def _hold(self, made: shim.Shim) -> None:
         """As Shim.run(), with what that found out or made long ago."""
         os = self.process
-        made.take(self.order)
+        made.accept(self.order)
         lock = os.open("lock", real_os.O_RDWR)
         os.lockf(lock, real_fcntl.LOCK_EX | real_fcntl.LOCK_NB)
         made._open()

@@ -277,14 +277,14 @@ class Shim:
         except (OSError, MemoryError) as error:
             self.unready = getattr(error, "strerror", None) or repr(error)  # there is no run yet to say it of
 
-    def take(self, order: list[bytes]) -> None:
+    def accept(self, order: list[bytes]) -> None:
         run, self.directory, self.script, self.vmr, attempt, boot_id, self.state_dir, self.kick_path = order
         self.run_id = bytes.fromhex(run.decode())
         self.attempt = int(attempt)
         self.boot_id = boot_id.decode()
 
     def run(self, order: list[bytes]) -> None:
-        self.take(order)
+        self.accept(order)
         if self.unready:
             raise Waits(f"cannot begin: {self.unready}")
         # A record lock, not flock: the daemon can ask who holds it (F_GETLK) without taking it, so its

@@ -187,7 +187,7 @@ class Supervisor:
             }  # why these wait is another
         self._news |= {(News.TOUCHED, name) for name in self.watcher.take_stirred()}
         changed, gone = self.watcher.take_changes()
-        if self.watcher.settling and not self.standstill:
+        if not self.standstill and self.watcher.settling:
             self.runner.make_ready()
         self._changed |= changed
         self._gone |= gone

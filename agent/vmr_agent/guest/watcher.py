@@ -303,7 +303,9 @@ class Watcher:
                 continue
             info = _look_up(name, root)
             if info is None:
-                self._listed.key = ()  # it may come back, without a change here
+                self._listed = (
+                    _Listed()
+                )  # it may come back without a change here: each scan lists, and none for this
                 continue
             if stat.S_ISDIR(info.st_mode):
                 found[name] = _changes(info)
