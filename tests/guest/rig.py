@@ -32,6 +32,12 @@ def alive(pid: int) -> bool:
     return fields[0] not in (b"Z", b"X")
 
 
+def may_raise_priority() -> bool:
+    """CAP_SYS_NICE (capabilities(7)), which root in a container need not have."""
+    effective = Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0]
+    return bool(int(effective, 16) >> 23 & 1)
+
+
 class Rig:
     def __init__(self, base: Path, *, state: Optional[Path] = None, boot_id: str = BOOT_ID) -> None:
         self.base = base

@@ -21,7 +21,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.guest.rig import BOOT_ID, VMR, Rig, alive, eventually, everything, result
+from tests.guest.rig import (
+    BOOT_ID,
+    VMR,
+    Rig,
+    alive,
+    eventually,
+    everything,
+    may_raise_priority,
+    result,
+)
 from vmr_agent.guest.runner import Runner, fork_server_command
 from vmr_agent.guest.shim import MUCH, MUCH_TOLD_S, OUTPUT, _find_prctl, to_json
 from vmr_agent.guest.spool import RECORD, Run
@@ -410,7 +419,7 @@ cut -d' ' -f 6 /proc/$$/stat; echo $$
     assert lines[7] == lines[8], "the script leads a session of its own"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a priority that was lowered is raised again: needs root")
+@pytest.mark.skipif(not may_raise_priority(), reason="a priority is raised, which is not allowed here")
 @pytest.mark.parametrize("nice", [-5, 5])
 def test_a_script_has_the_priority_of_a_login_whatever_the_daemon_has(tmp_path: Path, nice: int) -> None:
     os.setpriority(os.PRIO_PROCESS, 0, nice)
