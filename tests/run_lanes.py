@@ -71,8 +71,10 @@ def run_lane(
     beside: Sequence[str] = (),
     python: str = sys.executable,
     title: str = "",
+    stories: bool = False,
 ) -> int:
-    """``beside``: what makes pytest run tests beside each other."""
+    """``beside``: what makes pytest run tests beside each other. ``stories``: a test of a file may begin where the one
+    before it ended, so the second try is for the file."""
     title = f"{name}, {title}" if title else name
     print(f"\n== {title}", flush=True)
     began = time.monotonic()
@@ -85,7 +87,10 @@ def run_lane(
     failed = sorted(json.loads(failures.read_text())) if failures.exists() else []
     if status == 1 and 0 < len(failed) <= ONCE_MORE:  # pytest's code for tests that failed, and nothing else
         print(f"== {title}: once more, alone: {', '.join(failed)}", flush=True)
-        status = in_venv(name, requirements, [*arguments, "--last-failed"], python=python)
+        again = [*arguments, "--last-failed"]
+        if stories:
+            again = [*arguments[:-1], *sorted({test.partition("::")[0] for test in failed})]
+        status = in_venv(name, requirements, again, python=python)
         remark = f"; at first FAILED: {', '.join(failed)}"
     outcome = "passed" if status == 0 else f"FAILED ({status})"
     print(f"== {title}: {outcome} in {time.monotonic() - began:.0f} s{remark}", flush=True)
@@ -161,7 +166,7 @@ def run_lanes(*, long: bool) -> list[int]:
     making = subprocess.Popen(command_in_venv("oldest", OLDEST, ["true"], python=python))
     failed = [
         run_lane("newest", NEWEST, [*common, "--ignore=tests/vm", "tests"], beside=PARALLEL),
-        run_lane("newest", NEWEST, [*common, "tests/vm"], beside=VMS, title="in a VM"),
+        run_lane("newest", NEWEST, [*common, "tests/vm"], beside=VMS, title="in a VM", stories=True),
     ]
     making.wait()
     failed.append(run_lane("oldest", OLDEST, [*common, *LIBRARIES], beside=PARALLEL, python=python))

@@ -112,8 +112,13 @@ def test_output_comes_as_it_is_made_and_ctrl_c_stops_watching_alone(
     assert follower.communicate(timeout=30) == (b"done\n", b"") and follower.returncode == 0
     assert running.complete("-4/compress.py", 2)["exit_code"] == 7
 
+    go.unlink()
+    script.write_text(f"#!/bin/sh\nuntil [ -e {go} ]; do sleep 0.05; done\nexit 7\n")
     done = running.host("rerun", "Server", "-4/compress.py", "--detach")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    (row,) = json.loads(running.host("list", "Server", "--json").stdout)  # at once, though it prints nothing
+    assert (row["attempt"], row["state"]) == (3, "running")
+    go.touch()
     assert running.complete("-4/compress.py", 3)["exit_code"] == 7
 
 

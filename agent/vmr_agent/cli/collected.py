@@ -23,6 +23,7 @@ from vmr_agent.schedule import near, parse_vmr
 PROGRAM = "vmr-host"
 _PIECE = 256 * 1024
 _LOOK_AGAIN = 0.05  # s; how often the log directory is looked at for what came
+_BEGINS = 10.0  # s; in which a run that was asked for is in the log directory
 _WATCH = 1.0  # s; how often the collector is asked whether a VM is there
 
 # --- the collector, and doing without ------------------------------------------------------------------------
@@ -186,6 +187,13 @@ def follow(
 
     output.follow(over=over, pass_on=lambda _: reader.pass_on(), wait=wait)
     return row
+
+
+def wait_begun(run: view.LoggedRun) -> None:
+    """Wait until the collector holds a run that a VM says it has started, or for :data:`_BEGINS`."""
+    due = time.monotonic() + _BEGINS
+    while run.row() is None and time.monotonic() < due:
+        time.sleep(_LOOK_AGAIN)
 
 
 class Watch:

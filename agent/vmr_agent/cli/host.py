@@ -197,7 +197,7 @@ be executed, 1 if it is lost. Ctrl-C ends the watching (130), not the run.
         Example("vmr-host rerun Server 1/bash --detach", "a server"),
     )
     vmr(rerun)
-    rerun.add_argument("--detach", action="store_true", help="start it and return at once")
+    rerun.add_argument("--detach", action="store_true", help="start it and return once it has begun")
     kill = verb(
         "kill",
         _kill,
@@ -470,6 +470,7 @@ def _rerun(args: argparse.Namespace) -> int:
             began = collector.ask("rerun", vm=args.vm, vmr=os.fsdecode(vmr))
             run = view.LoggedRun(Path(began["log_dir"]), args.vm, vmr, began["attempt"])
             if args.detach:
+                collected.wait_begun(run)  # else what is typed next would be about the attempt before
                 remark(f"attempt {began['attempt']} of {named} is started; {follow}")
                 return 0
             stopped = f"stopped watching; {named} goes on: {follow}"

@@ -46,7 +46,7 @@ function __vmr_host_options
         case rerun
             printf '%s\t%s\n' '--help' 'show help and exit'
             printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
-            printf '%s\t%s\n' '--detach' 'start it and return at once'
+            printf '%s\t%s\n' '--detach' 'start it and return once it has begun'
         case kill
             printf '%s\t%s\n' '--help' 'show help and exit'
             printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
