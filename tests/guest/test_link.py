@@ -34,6 +34,15 @@ def hello(role: Role, own: bytes, peer: object) -> messages.Hello:
     )
 
 
+def a_host() -> Session:
+    return Session(
+        Role.HOST,
+        introduce=lambda own, peer: hello(Role.HOST, own, peer),
+        beat=lambda: messages.Heartbeat(wall=0),
+        make_id=lambda: os.urandom(8),
+    )
+
+
 def test_a_run_that_cannot_be_read_takes_no_other_frame_with_it(
     rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,12 +60,7 @@ def test_a_run_that_cannot_be_read_takes_no_other_frame_with_it(
             heed=lambda event: None,
             log=lambda line: None,
         )
-        host = Session(
-            Role.HOST,
-            introduce=lambda own, peer: hello(Role.HOST, own, peer),
-            beat=lambda: messages.Heartbeat(wall=0),
-            make_id=lambda: os.urandom(8),
-        )
+        host = a_host()
         link.hear(time.monotonic())
         with listener.accept()[0] as sock:
             sock.setblocking(False)
@@ -93,4 +97,60 @@ def test_a_run_that_cannot_be_read_takes_no_other_frame_with_it(
             monkeypatch.undo()
             assert [reply.request[0] for reply in replies] == list(range(40))
             assert link.open and host.open and not host.counts["missing"]
+        link.close()
+
+
+def test_a_port_that_says_nothing_is_asked_each_second_all_the_same(tmp_path: Path) -> None:
+    """And at once where it was not read to its end: no edge would tell of what is left."""
+    path = tmp_path / "port"
+    heard: list[object] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        shipper = Shipper(b"/launch")
+        link = Link(
+            f"unix:{path}",
+            shipper,
+            introduce=lambda own, peer: hello(Role.GUEST, own, peer),
+            beat=lambda: messages.Heartbeat(wall=0),
+            heed=heard.append,
+            log=lambda line: None,
+        )
+        host = a_host()
+        link.hear(100.0)
+        with listener.accept()[0] as sock:
+            host.connect(100.0)
+            while not (link.open and host.open):
+                link.hear(100.0)
+                link.speak()
+                host.receive(sock.recv(1 << 20), 100.0)
+                for frame in host.take():
+                    sock.sendall(frame)
+            link.hear(100.0)
+            heard.clear()
+
+            def say() -> None:
+                sock.sendall(host.frame(messages.Request(request=bytes(16), verb="hold", args={})))
+
+            link.untold = True
+            say()
+            for now in (100.1, 100.9):
+                link.hear(now)
+                assert not heard
+            link.hear(101.0)
+            assert len(heard) == 1
+            link.untold = False
+            say()
+            link.hear(101.1)
+            assert len(heard) == 2
+
+            for _ in range(20_001):  # so many replies that more requests aren't heard
+                shipper.send(messages.Reply(request=bytes(16), ok=True, error="", result={}))
+            say()
+            link.hear(101.2)
+            assert len(heard) == 2
+            shipper.ended()
+            link.untold = True
+            link.hear(101.3)
+            assert len(heard) == 3
         link.close()

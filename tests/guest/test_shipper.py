@@ -360,7 +360,7 @@ def _any_acks(data: st.DataObject, spool: Spool) -> None:
             stream, piece = data.draw(st.sampled_from([OUT, ERR])), noise(data.draw(pieces))
             write(run, stream, piece)
             wrote[key][stream] += piece
-            link.shipper.touch(key)
+            link.shipper.touch(key, only_output=True)
         elif act == "step":
             link.step()
             link.answer()
@@ -382,11 +382,30 @@ def _any_acks(data: st.DataObject, spool: Spool) -> None:
             end(run)
         elif stage[run.info.run] < 2:
             close(run)
+        else:
+            continue  # that was said when it was so
         link.shipper.touch(run.info.run)
     link.deliver()
     for run in runs:
         assert link.held[run.info.run].data == wrote[run.info.run]
     assert sorted(map(id, link.released)) == sorted(map(id, runs))
+
+
+def test_what_is_said_to_be_output_alone_is_not_searched_for_an_end(
+    spool: Spool, make_link: Callable[..., Link]
+) -> None:
+    run = begin(spool)
+    link = make_link()
+    link.run_dry()
+    write(run, OUT, b"a line\n")
+    end(run)
+    link.shipper.touch(run.info.run, only_output=True)
+    link.run_dry()
+    assert link.held[run.info.run].data[OUT] == b"a line\n" and not link.seen(messages.Exit)
+    link.shipper.touch(run.info.run)
+    link.shipper.touch(run.info.run, only_output=True)  # takes nothing back
+    link.run_dry()
+    assert link.seen(messages.Exit) and link.seen(messages.Closed)
 
 
 def test_a_session_that_ends_at_any_frame_is_resumed_where_the_host_stands(

@@ -164,7 +164,7 @@ class Process:
         self.environ = {"PATH": "/bin"}
 
     def __getattr__(self, name: str) -> Any:
-        if name in _PURE or name.startswith(("O_", "SEEK_", "W", "P_", "ST_")):
+        if name in _PURE or name.startswith(("O_", "SEEK_", "W", "P_", "ST_", "F_OK")):
             value = getattr(real_os, name)
             setattr(self, name, value)
             return value
@@ -288,6 +288,10 @@ class Process:
             return True
         except OSError:
             return False
+
+    def access(self, path: Any, mode: int) -> bool:
+        assert mode == real_os.F_OK
+        return self.exists(path)
 
     def _room(self) -> None:
         if self.disk.full:
@@ -447,7 +451,9 @@ class Process:
     def lseek(self, fd: int, offset: int, whence: int) -> int:
         self.enter()
         node = self._fd(fd).node
-        assert isinstance(node, File) and whence == real_os.SEEK_DATA
+        assert isinstance(node, File) and whence in (real_os.SEEK_DATA, real_os.SEEK_END)
+        if whence == real_os.SEEK_END:
+            return len(node.content) + offset
         at = max(offset, node.punched)
         if at >= len(node.content):
             raise fail(errno.ENXIO)

@@ -124,7 +124,9 @@ class Daemon:
         machine.notify("READY=1\nSTATUS=watching")
         machine.give_back_memory()
         while not self._stopping:
-            for key, _ in self._selector.select(self.timeout()):
+            ready = self._selector.select(self.timeout())
+            self._link.untold = all(key.fileobj is not self._link for key, _ in ready)
+            for key, _ in ready:
                 self._try(key.data)
                 self._follow_runner()
             self.turn()

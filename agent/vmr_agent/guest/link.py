@@ -19,6 +19,7 @@ from vmr_agent.wire.session import Event, Role, Session
 
 _STRANGER = 10.0  # s; a port that talks for so long and says no Hello leads to something else
 _ROOM = 1.0  # s; a port that was full is tried again, for kernels 5.15 to 6.15 can lose the wake-up
+_QUIET = 1.0  # s; so long the port is believed to have nothing to read unless it says so
 _QUEUED = 20_000  # messages to the host; more is a host that asks and doesn't read, which then isn't heard
 _BURST = 64  # writes done, and reads taken, before the loop looks at the rest
 _JOINED = 16  # frames written at once, at most
@@ -53,6 +54,9 @@ class Link:
         self._blocked = False  # the port took nothing more
         self.more = False
         """The last turn left something undone that no wake-up will tell of."""
+        self.untold = False
+        """The loop was woken, and not by the port."""
+        self._drained = 0.0  # when it had nothing more to read; 0 while it may have
         self._spoke = 0.0  # when that was, where it left something undone; else 0
         self._rest = 0.0  # s, for the rest of the loop
         self._said = ""
@@ -107,19 +111,24 @@ class Link:
     def hear(self, now: float) -> None:
         """Look after the port, and hand on what the host said."""
         self.more = False
+        if self.untold and self._port.state is PortState.UP and now < self._drained + _QUIET:
+            self._deliver(self._session.tick(now))
+            return
+        self._drained = 0.0
         before = self._port.state
         state = self._port.look(now)
         if state is PortState.UP and before is not PortState.UP:
             self._outbox.clear()
             self._session.connect(now)
             self._up_since, self._garbage_before = now, self._session.counts["garbage"]
-        # Reads also tell that the host has left. A port that is UP is read each turn: its edges are not counted.
+        # Reads also tell that the host has left. They go on until there is nothing: edges are not counted.
         for _ in range(_BURST):
             if self._shipper.queued() > _QUEUED:
                 self.more = not self._blocked
                 break
             data = self._port.read() if self._port.state is PortState.UP else b""
             if not data:
+                self._drained = now
                 break
             self._deliver(self._session.receive(data, now))
         else:

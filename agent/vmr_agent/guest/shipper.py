@@ -38,6 +38,8 @@ class _Delivery:
         # As last looked at: bytes spooled, and whether some of them may have been dropped.
         self.spooled = {Stream.STDOUT: 0, Stream.STDERR: 0}
         self.gaps = True
+        self.ends = True
+        """Whether what ends the run may have come since it was last looked for."""
         self.more = False
         """Whether there may be more to say than what was said last, and that nobody will tell of."""
         self.forget_session()
@@ -93,9 +95,14 @@ class Shipper:
             self._deliveries[run.info.run] = _Delivery(run)
         self.touch(run.info.run)
 
-    def touch(self, run: RunId) -> None:
+    def touch(self, run: RunId, *, only_output: bool = False) -> None:
         """Something of this run may be new in the spool."""
-        if run in self._deliveries and run not in self._waiting:
+        delivery = self._deliveries.get(run)
+        if delivery is None:
+            return
+        if not only_output:
+            delivery.ends = True
+        if run not in self._waiting:
             self._waiting.add(run)
             self._turns.append(run)
 
@@ -219,7 +226,7 @@ class Shipper:
             frames = self._frames(delivery, session)
             if frames:
                 if delivery.more:
-                    self.touch(run_id)
+                    self.touch(run_id, only_output=True)
                 return frames
         return []
 
@@ -238,10 +245,11 @@ class Shipper:
         if look:
             # The order matters: what the exit counted is on disk before the exit record is, and the final bytes
             # before `closed` is; so read the records first, the lengths after.
-            if delivery.told < RunState.EXITED:
+            if delivery.ends and delivery.told < RunState.EXITED:
                 result, closed = run.ends()
-            elif delivery.told < RunState.CLOSED:
+            elif delivery.ends and delivery.told < RunState.CLOSED:
                 closed = run.closed()
+            delivery.ends = result is not None or closed is not None  # what was found is to be told
             delivery.look()
         delivery.more = True
         output = self._output(delivery, session)

@@ -364,7 +364,9 @@ class Run:
     def _length(self, stream: Stream) -> int:
         try:
             fd = self._fds.get(stream.filename)
-            return os.stat(self._in + stream.filename if fd is None else fd).st_size
+            if fd is not None:
+                return os.lseek(fd, 0, os.SEEK_END)  # as fstat(), at a third of the price
+            return os.stat(self._in + stream.filename).st_size
         except FileNotFoundError:
             final = self.closed()  # the file was pruned whole, or was never made
             return final.of(stream) if final else 0
@@ -430,7 +432,8 @@ class Run:
         return gaps.growing() if gaps is not None and self.closed() is None else ""
 
     def _noted_gaps(self) -> Optional[Gaps]:
-        if self._gaps is None and os.path.exists(self._in + "gaps"):
+        # Asked for each line, so by what raises no exception.
+        if self._gaps is None and os.access(self._in + "gaps", os.F_OK):
             self._gaps = Gaps(self.path / "gaps")
         return self._gaps
 

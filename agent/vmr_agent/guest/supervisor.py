@@ -214,7 +214,7 @@ class Supervisor:
 
     def kicked(self, run_id: RunId, *, only_output: bool) -> None:
         """A shim says that there is something new."""
-        self._shipper.touch(run_id)
+        self._shipper.touch(run_id, only_output=only_output)
         run = self.live.get(run_id)
         if run is not None:
             if not only_output:
