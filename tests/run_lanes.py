@@ -5,8 +5,9 @@ Python 3.9, where the machine has one, and runs what depends on either. VM tests
 Python and packages in the guest.
 
 A few tests that failed beside others are run once more, alone, as CPython's regrtest does: these tests are real
-processes with real deadlines, and a machine may be busy with something else. Those that pass then are named in the
-lane's last line. Each is a race that somebody should look for, in the test or in what it tests.
+processes with real deadlines, and a machine may be busy with something else. Of a VM's tests the file is run again,
+since one may begin where the one before it ended. Those that pass then are named in the lane's last line. Each is a
+race that somebody should look for, in the test or in what it tests.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ LIBRARIES = [
 # Many of these tests wait for processes much of the time, so there are more of them than cores. A VM has two cores of
 # its own to emulate, and waits less; tests of one file may share one.
 PARALLEL = ["-n", "4", "--dist", "worksteal"]
-VMS = ["-n", "3", "--dist", "loadfile", "--timeout=600"]
+VMS = ["-n", "3", "--dist", "loadfile"]
 ONCE_MORE = 3
-"""So many failed tests at the most are given a second try: more are no accident."""
+"""So many failed tests, or files, at the most are given a second try: more are no accident."""
 
 
 def command_in_venv(
@@ -67,14 +68,14 @@ def run_lane(
     name: str,
     requirements: list[str],
     arguments: list[str],
+    tests: Sequence[str],
     *,
     beside: Sequence[str] = (),
     python: str = sys.executable,
     title: str = "",
-    stories: bool = False,
+    whole_files: bool = False,
 ) -> int:
-    """``beside``: what makes pytest run tests beside each other. ``stories``: a test of a file may begin where the one
-    before it ended, so the second try is for the file."""
+    """``beside``: what makes pytest run tests beside each other. ``whole_files``: what a second try is for."""
     title = f"{name}, {title}" if title else name
     print(f"\n== {title}", flush=True)
     began = time.monotonic()
@@ -82,15 +83,15 @@ def run_lane(
     arguments = ["-o", f"cache_dir={cache}", *arguments]
     failures = cache / "v" / "cache" / "lastfailed"
     failures.unlink(missing_ok=True)
-    status = in_venv(name, requirements, [*arguments, *beside], python=python)
+    status = in_venv(name, requirements, [*arguments, *beside, *tests], python=python)
     remark = ""
     failed = sorted(json.loads(failures.read_text())) if failures.exists() else []
+    if whole_files:
+        failed = sorted({test.partition("::")[0] for test in failed})
     if status == 1 and 0 < len(failed) <= ONCE_MORE:  # pytest's code for tests that failed, and nothing else
         print(f"== {title}: once more, alone: {', '.join(failed)}", flush=True)
-        again = [*arguments, "--last-failed"]
-        if stories:
-            again = [*arguments[:-1], *sorted({test.partition("::")[0] for test in failed})]
-        status = in_venv(name, requirements, again, python=python)
+        again = failed if whole_files else [*tests, "--last-failed"]
+        status = in_venv(name, requirements, [*arguments, *again], python=python)
         remark = f"; at first FAILED: {', '.join(failed)}"
     outcome = "passed" if status == 0 else f"FAILED ({status})"
     print(f"== {title}: {outcome} in {time.monotonic() - began:.0f} s{remark}", flush=True)
@@ -165,11 +166,16 @@ def run_lanes(*, long: bool) -> list[int]:
         return [1]
     making = subprocess.Popen(command_in_venv("oldest", OLDEST, ["true"], python=python))
     failed = [
-        run_lane("newest", NEWEST, [*common, "--ignore=tests/vm", "tests"], beside=PARALLEL),
-        run_lane("newest", NEWEST, [*common, "tests/vm"], beside=VMS, title="in a VM", stories=True),
+        run_lane("newest", NEWEST, [*common, "--ignore=tests/vm"], ["tests"], beside=PARALLEL),
+        run_lane(
+            *("newest", NEWEST, [*common, "--timeout=600"], ["tests/vm"]),
+            beside=VMS,
+            title="in a VM",
+            whole_files=True,
+        ),
     ]
     making.wait()
-    failed.append(run_lane("oldest", OLDEST, [*common, *LIBRARIES], beside=PARALLEL, python=python))
+    failed.append(run_lane("oldest", OLDEST, common, LIBRARIES, beside=PARALLEL, python=python))
     return failed
 
 

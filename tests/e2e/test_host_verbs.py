@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +20,8 @@ import pytest
 
 from tests.e2e.relay import Relay
 from tests.e2e.world import World, until
+from vmr_agent.cli import collected
+from vmr_agent.host.view import LoggedRun
 
 HOST = [sys.executable, "-m", "vmr_agent.cli.host"]
 ODD = b"-1/odd \n\xff name"
@@ -443,3 +446,24 @@ def test_what_one_may_not_read_or_ask_is_said(running: World) -> None:
     assert done.returncode == 1 and b"permission denied (try as root)" in done.stderr, done
     done = unprivileged.verb("host", ["list", "Server", "--log-dir", str(running.logs)], running.environment)
     assert done.returncode == 1 and b"permission denied" in done.stderr.lower(), done
+
+
+def test_whether_a_run_has_begun_is_waited_for_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = LoggedRun(tmp_path, "Server", b"-1/late", 1)
+    monkeypatch.setattr(collected, "_BEGINS", 0.2)
+    assert not collected.begins(run)
+    monkeypatch.setattr(collected, "_BEGINS", 30.0)
+
+    def begin() -> None:
+        run.path.mkdir(parents=True)
+        (run.path / "row").write_text('{"state": "running"}')
+        (run.path / "row").rename(run.path / "result.json")
+
+    beginning = threading.Timer(0.3, begin)
+    beginning.start()
+    assert collected.begins(run) and run.row() == {"state": "running"}
+    beginning.join()
+    (run.path / "result.json").write_text("torn")
+    assert not collected.begins(run)

@@ -586,6 +586,7 @@ class Vm:
         self._pid = 100
         self.powered = 0  # how often: a boot that was restored is another
         self._next_turn = 0
+        self._port_woke = False
         self.away = False
         """The daemon is in the middle of something, and others go on."""
         self.settings = Settings(
@@ -601,7 +602,7 @@ class Vm:
             max_reboots=3,
             reboot_command=("reboot",),
         )
-        channel.wake_guest = self.wake
+        channel.wake_guest = self.port_wakes
         stager = self.stager = Process(self.disk, Locks(), pid=1, urandom=world.random_bytes)
         for path in ("/var", LAUNCH, "/run", "/run/vmr"):
             stager.mkdir(path, 0o755)
@@ -728,6 +729,10 @@ class Vm:
         self._next_turn = at
         self.world.clock.after(after, lambda: self._turn(at))
 
+    def port_wakes(self) -> None:
+        self._port_woke = True
+        self.wake()
+
     def _turn(self, at: int) -> None:
         """One turn of Daemon.run()'s loop."""
         running, process = self.daemon, self.process
@@ -735,6 +740,7 @@ class Vm:
             return
         self._next_turn = 0
         self._activate()
+        running._link.untold, self._port_woke = not self._port_woke, False
         try:
             if self.kicks.queue:
                 running._try(running.take_kicks)

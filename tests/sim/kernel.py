@@ -164,7 +164,7 @@ class Process:
         self.environ = {"PATH": "/bin"}
 
     def __getattr__(self, name: str) -> Any:
-        if name in _PURE or name.startswith(("O_", "SEEK_", "W", "P_", "ST_", "F_OK")):
+        if name in _PURE or name.startswith(("O_", "SEEK_", "W", "P_", "ST_")):
             value = getattr(real_os, name)
             setattr(self, name, value)
             return value
@@ -680,7 +680,7 @@ class Process:
 
 
 _PURE = frozenset(
-    ("fsencode", "fsdecode", "fspath", "strerror", "stat_result", "pathsep", "PathLike", "uname")
+    ("F_OK", "fsencode", "fsdecode", "fspath", "strerror", "stat_result", "pathsep", "PathLike", "uname")
 )
 
 

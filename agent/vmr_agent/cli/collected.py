@@ -10,6 +10,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -189,11 +190,16 @@ def follow(
     return row
 
 
-def wait_begun(run: view.LoggedRun) -> None:
-    """Wait until the collector holds a run that a VM says it has started, or for :data:`_BEGINS`."""
+def begins(run: view.LoggedRun) -> bool:
+    """Wait until the collector holds a run that a VM was told to start, but not for long; whether it does."""
     due = time.monotonic() + _BEGINS
-    while run.row() is None and time.monotonic() < due:
-        time.sleep(_LOOK_AGAIN)
+    with suppress(Problem):  # what can't be read here is no failure of what was done there
+        while run.row() is None:
+            if time.monotonic() >= due:
+                return False
+            time.sleep(_LOOK_AGAIN)
+        return True
+    return False
 
 
 class Watch:

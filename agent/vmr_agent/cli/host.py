@@ -469,11 +469,14 @@ def _rerun(args: argparse.Namespace) -> int:
         try:
             began = collector.ask("rerun", vm=args.vm, vmr=os.fsdecode(vmr))
             run = view.LoggedRun(Path(began["log_dir"]), args.vm, vmr, began["attempt"])
-            if args.detach:
-                collected.wait_begun(run)  # else what is typed next would be about the attempt before
-                remark(f"attempt {began['attempt']} of {named} is started; {follow}")
-                return 0
             stopped = f"stopped watching; {named} goes on: {follow}"
+            if args.detach:
+                # It waits, since what is typed next would be about the attempt before.
+                so_far = (
+                    "is started" if collected.begins(run) else "is ordered, and has not been seen to begin"
+                )
+                remark(f"attempt {began['attempt']} of {named} {so_far}; {follow}")
+                return 0
             remark(f"attempt {began['attempt']} of {named}")
             row = collected.follow(run, list(Stream), watch=collected.Watch(collector, args.vm))
         except KeyboardInterrupt:

@@ -116,7 +116,7 @@ class Daemon:
         self._on_read(self._kicks, self.take_kicks)
         self._on_read(self._verbs, self._verbs.accept)
         self._on_read(self._files, self._send_file_replies)
-        self._on_read(self._link, lambda: None)  # each turn looks at the port
+        self._on_read(self._link, lambda: None)  # the turn hears it
         self.begin()
         self._on_read(self._supervisor.watcher, lambda: None)  # as at the watcher
         self._follow_runner()

@@ -19,6 +19,7 @@ from vmr_agent.wire.session import Event, Role, Session
 
 _STRANGER = 10.0  # s; a port that talks for so long and says no Hello leads to something else
 _ROOM = 1.0  # s; a port that was full is tried again, for kernels 5.15 to 6.15 can lose the wake-up
+_NEVER = float("-inf")
 _QUIET = 1.0  # s; so long the port is believed to have nothing to read unless it says so
 _QUEUED = 20_000  # messages to the host; more is a host that asks and doesn't read, which then isn't heard
 _BURST = 64  # writes done, and reads taken, before the loop looks at the rest
@@ -54,11 +55,11 @@ class Link:
         self._blocked = False  # the port took nothing more
         self.more = False
         """The last turn left something undone that no wake-up will tell of."""
-        self.untold = False
-        """The loop was woken, and not by the port."""
-        self._drained = 0.0  # when it had nothing more to read; 0 while it may have
         self._spoke = 0.0  # when that was, where it left something undone; else 0
         self._rest = 0.0  # s, for the rest of the loop
+        self.untold = False
+        """The port is not among what woke the loop."""
+        self._drained = _NEVER  # when the port had nothing more to read, unless it may have
         self._said = ""
         self._up_since = 0.0
         self._garbage_before = 0
@@ -114,7 +115,7 @@ class Link:
         if self.untold and self._port.state is PortState.UP and now < self._drained + _QUIET:
             self._deliver(self._session.tick(now))
             return
-        self._drained = 0.0
+        self._drained = _NEVER
         before = self._port.state
         state = self._port.look(now)
         if state is PortState.UP and before is not PortState.UP:

@@ -177,7 +177,7 @@ class Shipper:
             self._in_flight += delivery.in_flight
             delivery.state = max(delivery.state, min(state, max(delivery.told, RunState.STARTED)))
         for run in self._stalled:
-            self.touch(run)
+            self.touch(run, only_output=True)
         self._stalled.clear()
         if delivery.state is RunState.CLOSED:
             self._in_flight -= delivery.in_flight

@@ -335,7 +335,8 @@ class Run:
     # -- the bytes --
 
     def fd(self, stream: Stream) -> int:
-        """A descriptor for reading, kept open for a while. OSError when there is no such file."""
+        """A descriptor for pread() alone, for its offset is nobody's; kept open for a while. OSError when there is no
+        such file."""
         return self._open(stream.filename)
 
     def _open(self, name: str) -> int:

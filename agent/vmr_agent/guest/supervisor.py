@@ -550,9 +550,10 @@ class Supervisor:
                 self._look_for_edits(entry, run)
             self._news.add((News.EXITED, run.info.run))
         self._rows.add(run.info.vmr)
+        if result is not None:
+            self._shipper.touch(run.info.run)
         if closed is not None:
             self.live.pop(run.info.run, None)
-            self._shipper.touch(run.info.run)
 
     def _look_for_edits(self, entry: Entry, run: Run) -> None:
         """After a rerun that went well, say how to bring home what was edited for it."""

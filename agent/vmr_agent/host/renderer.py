@@ -187,7 +187,7 @@ class RendererProcess:
             [sys.executable, "-m", __name__, os.fspath(self._log_dir), *self._numbers],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env={**os.environ, **_KEEP, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, path))},
+            env={**_KEEP, **os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, path))},
             # With -m the first place that modules come from is the working directory, and whoever can write to ours
             # would write our code; it also may be what somebody wants to unmount.
             cwd="/",
