@@ -40,9 +40,6 @@ MANY = 50
 """VMs in a turn. Of so many some have always more to show, and one turn for all of it costs less than many."""
 PIPE_FULL = 2_048
 """So much unread means that the pipe may have been full: the smallest holds a page."""
-# Text comes by the MiB, and an allocator that gives each back to the system at once has it made of new pages each time:
-# a third of the process's time.
-_KEEP = {"MALLOC_TRIM_THRESHOLD_": str(8 << 20), "MALLOC_MMAP_THRESHOLD_": str(8 << 20)}
 
 
 class Renderer:
@@ -187,7 +184,7 @@ class RendererProcess:
             [sys.executable, "-m", __name__, os.fspath(self._log_dir), *self._numbers],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env={**_KEEP, **os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, path))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(each) for each in path)},
             # With -m the first place that modules come from is the working directory, and whoever can write to ours
             # would write our code; it also may be what somebody wants to unmount.
             cwd="/",
