@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
@@ -17,7 +18,7 @@ from vmr_agent.guest.link import Link
 from vmr_agent.guest.shipper import Shipper
 from vmr_agent.guest.spool import Run
 from vmr_agent.wire import messages
-from vmr_agent.wire.session import PROTOCOL, Role, Session
+from vmr_agent.wire.session import PROTOCOL, Event, Role, Session
 
 
 @pytest.fixture
@@ -31,6 +32,17 @@ def hello(role: Role, own: bytes, peer: object) -> messages.Hello:
     assert peer is None or isinstance(peer, bytes)
     return messages.Hello(
         id=own, peer=peer, role=role.value, protocol=PROTOCOL, version="1", wall=0, spool=b"s" * 16
+    )
+
+
+def a_link(path: Path, shipper: Shipper, heed: Callable[[Event], None]) -> Link:
+    return Link(
+        f"unix:{path}",
+        shipper,
+        introduce=lambda own, peer: hello(Role.GUEST, own, peer),
+        beat=lambda: messages.Heartbeat(wall=0),
+        heed=heed,
+        log=lambda line: None,
     )
 
 
@@ -52,14 +64,7 @@ def test_a_run_that_cannot_be_read_takes_no_other_frame_with_it(
         listener.bind(os.fspath(path))
         listener.listen()
         shipper = Shipper(b"/launch")
-        link = Link(
-            f"unix:{path}",
-            shipper,
-            introduce=lambda own, peer: hello(Role.GUEST, own, peer),
-            beat=lambda: messages.Heartbeat(wall=0),
-            heed=lambda event: None,
-            log=lambda line: None,
-        )
+        link = a_link(path, shipper, lambda event: None)
         host = a_host()
         link.hear(time.monotonic())
         with listener.accept()[0] as sock:
@@ -108,14 +113,7 @@ def test_a_port_that_says_nothing_is_asked_each_second_all_the_same(tmp_path: Pa
         listener.bind(os.fspath(path))
         listener.listen()
         shipper = Shipper(b"/launch")
-        link = Link(
-            f"unix:{path}",
-            shipper,
-            introduce=lambda own, peer: hello(Role.GUEST, own, peer),
-            beat=lambda: messages.Heartbeat(wall=0),
-            heed=heard.append,
-            log=lambda line: None,
-        )
+        link = a_link(path, shipper, heard.append)
         host = a_host()
         link.hear(100.0)
         with listener.accept()[0] as sock:

@@ -96,7 +96,7 @@ class Shipper:
         self.touch(run.info.run)
 
     def touch(self, run: RunId, *, only_output: bool = False) -> None:
-        """Something of this run may be new in the spool."""
+        """Something of this run may be new in the spool; with ``only_output`` surely not its end."""
         delivery = self._deliveries.get(run)
         if delivery is None:
             return
