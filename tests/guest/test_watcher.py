@@ -800,7 +800,8 @@ class Live:
             assert wait > 0, "no event told of it"
             if due is not None:
                 wait = min(wait, max(0.0, due - boottime()))
-            select.select([self.watcher], [], [], wait)
+            if select.select([self.watcher], [], [], wait)[0]:
+                self.watcher.hush()
             if self.watcher.due(boottime()):
                 self.scan()
 
@@ -868,6 +869,26 @@ def test_an_event_tells_of_the_hold(live: Live) -> None:
     live.until(lambda: live.watcher.held)
     (live.root / ".hold").unlink()
     live.until(lambda: not live.watcher.held)
+
+
+def test_what_is_heard_waits_for_what_settles_in_a_moment(live: Live) -> None:
+    """One look for both: events come several at a time, and the last of them just before the first has settled."""
+    stage(live.root)
+    live.until(lambda: live.watcher.settling)
+    due = live.watcher.next_due()
+    assert due is not None
+    (live.root / "-4" / "x" / "more").touch()
+    assert select.select([live.watcher], [], [], 20)[0]
+    assert not live.watcher.due(due - 0.01), "looked at what had not settled"
+    assert live.watcher.due(due - 1), "what settles late must not hold up the others"
+    live.watcher.hush()
+    assert live.watcher.due(due) and live.watcher.next_due() == due
+    stage(live.root, "-4/other")
+    assert select.select([live.watcher], [], [], 0.5)[0] == [], "told twice"
+    live.until(lambda: live.is_ready() and live.is_ready(b"-4/other"))
+    live.quiet()
+    stage(live.root, "-3/third")
+    live.until(lambda: live.is_ready(b"-3/third"))
 
 
 def test_scans_make_no_events_of_their_own(live: Live) -> None:

@@ -118,7 +118,7 @@ class Daemon:
         self._on_read(self._files, self._send_file_replies)
         self._on_read(self._link, lambda: None)  # the turn hears it
         self.begin()
-        self._on_read(self._supervisor.watcher, lambda: None)  # as at the watcher
+        self._on_read(self._supervisor.watcher, self._supervisor.watcher.hush)  # the turn looks
         self._follow_runner()
         self._log(f"watching {self._settings.launch_dir}; {len(self._supervisor.live)} runs found under way")
         machine.notify("READY=1\nSTATUS=watching")

@@ -40,6 +40,7 @@ class Events:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._lock = threading.Lock()
         self._closed = False
+        self._rung = False
         self._touched: set[bytes] = set()
         self._vanished: set[bytes] = set()
         self._everything = False
@@ -102,16 +103,25 @@ class Events:
                 os.close(self._read)
                 os.close(self._write)
 
+    def hush(self) -> None:
+        """Be no longer readable for what was heard; it is kept for :meth:`take`."""
+        with self._lock:
+            self._hush()
+
     def take(self) -> Hints:
         with self._lock:
             hints = Hints(frozenset(self._touched), frozenset(self._vanished), self._everything)
             self._touched.clear()
             self._vanished.clear()
             self._everything = False
-            if self.heard and not self._closed:
-                os.read(self._read, 1)
+            self._hush()
             self.heard = False
         return hints
+
+    def _hush(self) -> None:
+        if self._rung and not self._closed:
+            os.read(self._read, 1)
+        self._rung = False
 
     def _hear(self, prefix: bytes, kind: str, source: Union[str, bytes], target: Union[str, bytes]) -> None:
         # In watchdog's thread, which an exception would end.
@@ -147,7 +157,7 @@ class Events:
             else:
                 self._everything = True
             if not self.heard and not self._closed:
-                self.heard = True
+                self.heard = self._rung = True
                 os.write(self._write, b"!")
 
 

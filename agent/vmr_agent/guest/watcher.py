@@ -37,6 +37,7 @@ _MAX_FILES = 10_000
 _WALK_S = 1.0
 _WALK_STALE_S = 30.0
 
+_JOIN_S = 0.02  # for what settles within that time an event waits, to be looked at with it
 _TICK_S = 0.02  # more than the kernel's clock tick, by which it says when a directory was changed
 _MAX_DOUBLINGS = 5  # of `settle`, for a tree that is written to after its x bit was set
 _MAX_NAMED = 1000  # lines in the log about what isn't a VMR
@@ -154,8 +155,12 @@ class Watcher:
             os.close(root)
 
     def fileno(self) -> int:
-        """Readable when an event has hinted at a change since the last scan."""
+        """Readable when an event has hinted at a change since the last scan, until :meth:`hush`."""
         return self._events.fileno()
+
+    def hush(self) -> None:
+        """The hint was heard: :meth:`due` and :meth:`next_due` tell when to look."""
+        self._events.hush()
 
     def next_due(self) -> Optional[float]:
         """When a scan can see something new though nothing happens: what is unchanged will have settled."""
@@ -163,7 +168,7 @@ class Watcher:
 
     def due(self, now: float) -> bool:
         """Whether there is cause to scan: an event, or a time that has come."""
-        return self._events.heard or self._due <= now
+        return self._due <= now or (self._events.heard and self._due > now + _JOIN_S)
 
     def alive(self) -> bool:
         """Whether events come in as far as they can be had; if not, the next scan sees to it."""
