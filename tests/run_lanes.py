@@ -100,7 +100,8 @@ def run_lane(
 
 def python39() -> str:
     """A Python 3.9, the oldest we support, where the machine has one."""
-    for candidate in ("python3.9", os.path.expanduser("~/.pyenv/versions/3.9.18/bin/python3.9")):
+    of_pyenv = sorted(Path.home().glob(".pyenv/versions/3.9.*/bin/python3.9"))
+    for candidate in ("python3.9", *map(str, of_pyenv)):
         found = shutil.which(candidate)
         if (
             found

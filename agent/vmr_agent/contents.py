@@ -35,6 +35,11 @@ def read_data(fd: int, at: int, most: int) -> bytes:
     return os.pread(fd, most, at)
 
 
+def mtime_of(status: os.stat_result) -> int:
+    """When it was changed, in ns, or the nearest to it that a message can hold: there are files of the year 2300."""
+    return max(-(2**63), min(status.st_mtime_ns, 2**63 - 1))
+
+
 def write_all(fd: int, data: Union[bytes, memoryview], at: int) -> None:
     while data:
         taken = os.pwrite(fd, data, at)

@@ -97,6 +97,16 @@ def test_a_relative_path_is_one_in_the_launch_directory(asking: Asking, launch: 
     assert asking.ask("stat", path=b"/dev/null")["kind"] == "device"
 
 
+def test_a_file_of_a_time_that_no_message_holds_has_the_nearest(asking: Asking, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    seconds = 330 * 31_557_600
+    os.utime(path, (seconds, seconds))
+    if path.stat().st_mtime != seconds:
+        pytest.skip("its file system knows no such time")
+    assert asking.ask("stat", path=raw(path))["mtime"] == 2**63 - 1
+
+
 def test_read_gives_what_is_asked_for_and_says_where_data_are_after_a_hole(
     asking: Asking, tmp_path: Path
 ) -> None:
@@ -490,6 +500,25 @@ def test_a_slow_request_that_is_repeated_meanwhile_is_done_once(asking: Asking, 
         answers = asking.files.take()
     assert asking.reply("sync").ok
     assert len(answers) == 1 and len(done) == 2  # that one, and the one asked last
+
+
+def test_without_a_thread_requests_are_refused_and_done_when_there_can_be_one(
+    asking: Asking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that forks until nobody can have another process must not end the daemon."""
+    written = {"path": raw(tmp_path / "file"), "offset": 0, "make": True, "kind": b"sha256"}
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    for verb in ("stat", "list", "write"):
+        args = written if verb == "write" else {"path": raw(tmp_path), "after": b""}
+        assert "can't start new thread" in asking.refused(verb, **args)
+    monkeypatch.undo()
+    assert asking.ask("stat", path=raw(tmp_path))["kind"] == "directory"
+    asking.ask("write", **written)
+    assert (tmp_path / "file").exists()
 
 
 def test_many_slow_requests_are_all_answered(asking: Asking, tmp_path: Path) -> None:

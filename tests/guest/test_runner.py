@@ -477,6 +477,30 @@ def test_an_exit_whose_name_was_lost_with_the_power_stands(rig: Rig) -> None:
         second.close()
 
 
+def test_a_closed_whose_name_was_lost_with_the_power_is_whole(rig: Rig) -> None:
+    rig.stage("#!/bin/sh\n(sleep 0.3; echo late) &\necho out\n")
+    run = rig.start()
+    rig.wait(run, RunState.CLOSED)
+    undo_a_rename(run, "closed", "closed.new")
+    second = rig.restart(boot_id="another boot")
+    try:
+        (again,) = second.runner.attach()
+        assert second.runner.judge(again) is RunState.CLOSED
+        assert (again.closed(), again.close_reason()) == ((9, 0), "")
+    finally:
+        second.close()
+
+
+def test_short_runs_leave_nothing_of_their_orders(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are over before anybody asks what has become of them."""
+    monkeypatch.setattr("vmr_agent.guest.runner._AGAIN_S", 0.001)
+    rig.stage("#!/bin/sh\n")
+    for _ in range(3):
+        run = rig.start()
+        eventually(lambda: run.closed() is not None)
+    assert len(rig.runner._ordered) == 1
+
+
 def test_a_run_made_but_never_begun_is_begun_by_the_next_daemon(rig: Rig) -> None:
     rig.stage("#!/bin/sh\necho ran\n")
     rig.spool.create(VMR, Trigger.SCHEDULE, boot_id="an earlier boot", now_ns=1)

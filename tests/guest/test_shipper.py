@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.guest.rig import BOOT_ID, Rig, eventually, everything
-from vmr_agent.guest.shipper import TAIL, WINDOW, Diverged, Shipper
+from vmr_agent.guest.shipper import BACKLOG, TAIL, WINDOW, Diverged, Shipper
 from vmr_agent.guest.spool import RECORD, Lengths, Run, Spool
+from vmr_agent.host.life import MAX_OPEN_RUNS
 from vmr_agent.runs import Ending, RunResult, RunState, Stream, Trigger, result_to_json
 from vmr_agent.wire import framing, messages
 from vmr_agent.wire.session import Ended, Opened, Role, Session
@@ -104,10 +105,10 @@ class Held:
 class Link:
     """A shipper and a host that holds it to the protocol: whatever comes must be what is due."""
 
-    def __init__(self, spool: Spool, *, window: int = WINDOW) -> None:
+    def __init__(self, spool: Spool, *, window: int = WINDOW, backlog: int = BACKLOG) -> None:
         self.spool = spool
         self.window = window
-        self.shipper = Shipper(b"/var/launch", window=window)
+        self.shipper = Shipper(b"/var/launch", window=window, backlog=backlog)
         ids = itertools.count(1)
         self.guest, self.host = (
             Session(
@@ -605,6 +606,37 @@ def test_exit_and_closed_are_said_again_in_each_session_until_acknowledged(
     link.ack(run.info.run)
     link.connect()
     assert link.step() is None, "a run that is whole is not offered again"
+
+
+def test_what_was_over_before_the_host_heard_of_it_is_offered_so_much_at_once(
+    spool: Spool, make_link: Callable[..., Link]
+) -> None:
+    """A host that was away for days takes it bit by bit: it keeps each run that it is offered in memory."""
+    runs = []
+    for number in range(12):
+        run = begin(spool, vmr=b"-4/%d" % number)
+        write(run, OUT, b"%d\n" % number)
+        if number != 3:
+            end(run)
+        runs.append(run)
+    link = make_link(backlog=4)
+    for _ in range(2):
+        link.run_dry()
+        offered = {message.run for message in link.came if isinstance(message, messages.Run)}
+        assert len(offered) == 5 and runs[3].info.run in offered, "what still runs is always offered"
+        link.shipper.touch_all()
+        assert link.step() is None
+        link.connect()
+        link.came.clear()
+    most = 0
+    while len(link.released) < 11:
+        link.run_dry()
+        open_runs = link.answered - {run.info.run for run in link.released}
+        most = max(most, len(open_runs))
+        link.ack(next(iter(open_runs - {runs[3].info.run})))
+    assert most == 5
+    assert {run.info.run for run in link.released} == {run.info.run for run in runs} - {runs[3].info.run}
+    assert BACKLOG <= MAX_OPEN_RUNS // 2
 
 
 def test_a_run_that_has_not_started_is_not_announced(spool: Spool, make_link: Callable[..., Link]) -> None:

@@ -5,6 +5,7 @@ Where time is made up, a second of it is much longer than a scan takes.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import shutil
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import pytest
 from hypothesis import given, settings
@@ -159,6 +160,34 @@ def test_a_start_time_that_fails_to_be_looked_at_is_seen_later_and_keeps_nobody_
     monkeypatch.undo()
     scene.scan(1.0)
     assert b"-4/x" in scene.watcher.vmrs
+
+
+def test_a_start_time_that_cannot_be_opened_keeps_nobody_awake(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mode forbids it, or the disk fails: nothing of what was due in it can be looked at."""
+    stage(scene.root)
+    scene.scan()
+    assert scene.staging() is Staging.SETTLING
+    real = os.open
+
+    def failing(path: Any, *args: Any, **options: Any) -> int:
+        if path == b"-4":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", failing)
+    due = scene.watcher.next_due()
+    while due is not None:
+        assert due > scene.now, "what can't be looked at is due for ever"
+        scene.now = due
+        scene.scan()
+        due = scene.watcher.next_due()
+    assert scene.staging() is Staging.SETTLING
+    monkeypatch.undo()
+    scene.scan(30.0, full=True)
+    scene.settle()
+    assert scene.staging() is Staging.READY
 
 
 def test_a_launch_directory_that_was_away_is_listed_again(scene: Scene) -> None:

@@ -1032,6 +1032,22 @@ def test_no_vm_sets_time_zero_for_another(host: Host) -> None:
     assert "Traceback" not in host.said()
 
 
+def test_a_start_that_could_not_be_kept_is_none(host: Host) -> None:
+    good = Guest(host.socket("good")).open()
+    in_the_way = host.logs / ".start.tmp"
+    in_the_way.mkdir()
+    with pytest.raises(Problem, match=r"cannot start: .*Is a directory"):
+        start(host, delay=1_000)
+    told_nothing(good)
+    time.sleep(1.5)  # what is noted is written each second
+    in_the_way.rmdir()
+    time.sleep(1.5)
+    told_nothing(good)
+    start(host, delay=1_000)
+    assert 900 < told(good) <= 1_000
+    good.close()
+
+
 def test_a_collector_that_is_started_again_keeps_the_start_by_itself(host: Host) -> None:
     good = Guest(host.socket("good")).open()
     start(host, delay=1_000)

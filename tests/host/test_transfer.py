@@ -433,6 +433,15 @@ def test_a_request_goes_out_and_its_reply_comes_back() -> None:
     assert passed.heard == [({"id": "ab" * 16, "ok": True, "error": "", "result": result}, b"raw")]
 
 
+def test_who_asks_again_over_another_connection_is_answered_and_so_is_the_old_one() -> None:
+    passed = Passed()
+    passed.ask(ask="stat", args={"path": "/x"})
+    passed.ask(ask="stat", args={"path": "/x"})
+    assert [(told["ok"], told.get("again")) for (told,) in passed.heard] == [(False, True)], "the old one"
+    passed.relay.take(messages.Reply(ID, True, "", {}))
+    assert [told["ok"] for told, *_ in passed.heard] == [False, True]
+
+
 def test_bytes_for_what_takes_none_are_nothing() -> None:
     passed = Passed()
     passed.ask(b"data", ask="stat", args={"path": "/x"})

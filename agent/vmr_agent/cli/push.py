@@ -15,7 +15,7 @@ from typing import Optional
 
 from vmr_agent.cli.progress import LONG, Progress
 from vmr_agent.cli.remote import Answered, Ask, Remote, kind, part_name, remote_of
-from vmr_agent.contents import Digest, next_data, read_data
+from vmr_agent.contents import Digest, mtime_of, next_data, read_data
 from vmr_agent.errors import Problem, show
 from vmr_agent.wire.messages import MAX_WRITE, PIECE
 
@@ -41,9 +41,7 @@ def push(args: argparse.Namespace) -> int:
             if is_tree:
                 progress.begin(sum(entry.status.st_size for entry in entries if entry.is_file))
                 push_tree(remote, entries, source, part, progress)
-                made, _ = remote.ask(
-                    "mkdir", path=part, mode=status.st_mode & 0o7777, mtime=status.st_mtime_ns
-                )
+                made, _ = remote.ask("mkdir", path=part, mode=status.st_mode & 0o7777, mtime=mtime_of(status))
                 remote.ask("sync")
                 remote.ask("rename", path=target, part=part, id=remote.bytes(made, "id"))
                 remote.ask("sync")
@@ -126,7 +124,7 @@ def push_tree(
         # Last, and the innermost first: what is put into a directory changes its time.
         for entry in entries[::-1]:
             if entry.is_directory:
-                mode, mtime = entry.status.st_mode & mask, entry.status.st_mtime_ns
+                mode, mtime = entry.status.st_mode & mask, mtime_of(entry.status)
                 yield Ask("mkdir", {"path": os.path.join(part, entry.inside), "mode": mode, "mtime": mtime})
 
     remote.all(asks())
@@ -175,7 +173,7 @@ def _sending(
             "part": part,
             "size": status.st_size,
             "mode": status.st_mode & mask,
-            "mtime": status.st_mtime_ns,
+            "mtime": mtime_of(status),
             "kind": kind,
             "digest": digest.digest(),
         }

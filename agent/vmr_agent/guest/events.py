@@ -164,5 +164,9 @@ class Events:
 def _stop(observer: Any) -> None:
     # It joins its threads, and one that hangs in watchdog must not take the daemon along.
     thread = threading.Thread(target=observer.stop, daemon=True)
-    thread.start()
-    thread.join(1.0)
+    try:
+        thread.start()
+    except RuntimeError:  # there can be no more threads
+        observer.stop()
+    else:
+        thread.join(1.0)

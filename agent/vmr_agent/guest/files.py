@@ -8,6 +8,7 @@ Over 400 lines: twelve short verbs read as one list.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -20,7 +21,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Callable, NamedTuple, Optional, Union
 
-from vmr_agent.contents import DIGESTS, Written, digest_of, fastest, next_data, read_data, write_all
+from vmr_agent.contents import (
+    DIGESTS,
+    Written,
+    digest_of,
+    fastest,
+    mtime_of,
+    next_data,
+    read_data,
+    write_all,
+)
 from vmr_agent.errors import Problem, show
 from vmr_agent.schedule import is_vmr_directory, parse_start_time, sort_key
 from vmr_agent.wire.messages import MAX_WRITE, PIECE, Piece, Reply, Request, Scalar, text
@@ -107,7 +117,7 @@ class Files:
             self._to_write.append(_Job(request, []))
         else:
             workers = self._lookers if request.verb == "stat" else self._readers
-            workers.add([_Job(request, [])])
+            self._hand(workers, [_Job(request, [])])
         return None
 
     def piece(self, piece: Piece) -> Optional[Reply]:
@@ -138,8 +148,15 @@ class Files:
         """What came together is written together: a thread that wakes for each piece of a file, beside a loop that
         takes the next, costs a slow VM twice what writing does."""
         if self._to_write:
-            self._writer.add(self._to_write)
+            self._hand(self._writer, self._to_write)
             self._to_write = []
+
+    def _hand(self, workers: _Workers, jobs: list[_Job]) -> None:
+        try:
+            workers.add(jobs)
+        except OSError as failed:
+            self._done.extend(_refusal(request, failed) for request, _ in jobs)
+            self._tell()
 
     def read(self, request: Request) -> Iterator[Union[Piece, Reply]]:
         """The answer to `read`, each part of it made when it is asked for; the file stays open until the last.
@@ -397,13 +414,17 @@ class _Workers:
         self._lock = threading.Lock()
 
     def add(self, jobs: list[_Job]) -> None:
+        """OSError where there is no thread and none can be had."""
         with self._lock:
+            if self._threads < self._most and self._idle <= self._jobs.qsize():
+                try:
+                    # A daemon thread: a disk that doesn't sync must not hold up the daemon's end.
+                    threading.Thread(target=self._run, name="files", daemon=True).start()
+                    self._threads += 1
+                except RuntimeError as error:
+                    if not self._threads:
+                        raise OSError(errno.EAGAIN, str(error)) from None
             self._jobs.put(jobs)
-            if self._threads == self._most or self._idle >= self._jobs.qsize():
-                return
-            self._threads += 1
-        # A daemon thread: a disk that doesn't sync must not hold up the daemon's end.
-        threading.Thread(target=self._run, name="files", daemon=True).start()
 
     def _run(self) -> None:
         while True:
@@ -536,7 +557,7 @@ def _facts(status: os.stat_result) -> Result:
         "kind": _kind(status),
         "size": status.st_size,
         "mode": stat.S_IMODE(status.st_mode),
-        "mtime": status.st_mtime_ns,
+        "mtime": mtime_of(status),
         "id": _identity(status),
     }
 

@@ -53,9 +53,6 @@ class Roster:
         self._vmrs: dict[bytes, Vmr] = {}
         self._past: dict[bytes, Past] = {}
 
-    def __contains__(self, name: bytes) -> bool:
-        return name in self._entries
-
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 

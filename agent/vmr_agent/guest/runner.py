@@ -208,10 +208,13 @@ class Runner:
         # The lock is asked first: whoever let go of it has written all that he had to say before. And once more where
         # what is found is acted on, with another look behind it: a shim may have begun, and ended, between the two.
         held = run.locked()
-        if not held and run.result() is None and not self._written(run, run.recover):
-            # What it left is not to be taken for nothing, and not to be written over.
-            return RunState.STARTED if run.started() is not None else RunState.NONE
+        recovered = held or run.closed() is not None or self._written(run, run.recover)
         result, started = run.result(), run.started()
+        if not recovered:
+            # What it left is not to be taken for nothing, and not to be written over.
+            if result is not None:
+                return RunState.EXITED
+            return RunState.STARTED if started is not None else RunState.NONE
         if started is not None or result is not None:
             self._ordered.pop(run.info.run, None)
         # Seven cases. With a result: closed; a shim waits for the pipes' end; a shim died waiting for it.
@@ -271,7 +274,11 @@ class Runner:
 
     def _order(self, run: Run) -> None:
         """Tell the fork server to start a run. An order that gets lost is given again by judge()."""
-        self._ordered[run.info.run] = now = time.monotonic()
+        now = time.monotonic()
+        self._ordered.pop(run.info.run, None)
+        self._ordered[run.info.run] = now  # the last of them
+        while now - self._ordered[first := next(iter(self._ordered))] >= _AGAIN_S:
+            del self._ordered[first]  # as good as none: short runs are over before anybody asks
         order = forkserver.pack_order(
             run=run.info.run,
             directory=os.fsencode(run.path.absolute()),

@@ -18,6 +18,7 @@ from vmr_agent.wire import framing, messages
 from vmr_agent.wire.session import Session
 
 WINDOW = 16 * 1024 * 1024  # bytes sent and not acknowledged: what one lost session may cost to send again
+BACKLOG = 1_000  # runs that were over before the host heard of them, and are offered at once: it keeps each in memory
 TAIL = 64 * 1024  # bytes whose CRC shows that guest and host speak of the same run
 _MARKS = 256  # in one frame
 _BURST = 8  # frames of one stretch that are made at once while nobody else has anything to say
@@ -70,9 +71,10 @@ class Shipper:
     """Decides what the next frames are. Control frames go before output that is not made yet; runs with output take
     turns, and so do output and pieces of files."""
 
-    def __init__(self, launch_dir: bytes, *, window: int = WINDOW) -> None:
+    def __init__(self, launch_dir: bytes, *, window: int = WINDOW, backlog: int = BACKLOG) -> None:
         self._launch_dir = launch_dir
         self._window = window
+        self._most = backlog
         self._control: deque[messages.Message] = deque()
         self._pieces: deque[Iterator[Union[messages.Piece, messages.Reply]]] = deque()
         self._stretch: Optional[messages.Piece] = None
@@ -85,6 +87,8 @@ class Shipper:
         self._turns: deque[RunId] = deque()
         self._waiting: set[RunId] = set()
         self._stalled: set[RunId] = set()  # runs the window kept from sending
+        self._backlog: set[RunId] = set()  # offered in this session, when they were over already
+        self._behind: dict[RunId, None] = {}  # over too, and not offered yet, in their order
         self._in_flight = 0
 
     # --- what there is to deliver ---
@@ -108,7 +112,8 @@ class Shipper:
 
     def touch_all(self) -> None:
         for run in self._deliveries:
-            self.touch(run)
+            if run not in self._behind:
+                self.touch(run)
 
     def send(self, message: messages.Message) -> None:
         """Queue a control message for this session."""
@@ -138,6 +143,8 @@ class Shipper:
         self._turns.clear()
         self._waiting.clear()
         self._stalled.clear()
+        self._backlog.clear()
+        self._behind.clear()
         self._in_flight = 0
 
     # --- the session ---
@@ -148,6 +155,8 @@ class Shipper:
         self._pieces.clear()
         self._stretch = None
         self._in_flight = 0
+        self._backlog.clear()
+        self._behind.clear()
         for delivery in self._deliveries.values():
             delivery.forget_session()
         self.touch_all()
@@ -182,6 +191,11 @@ class Shipper:
         if delivery.state is RunState.CLOSED:
             self._in_flight -= delivery.in_flight
             del self._deliveries[ack.run]
+            self._backlog.discard(ack.run)
+            if self._behind and len(self._backlog) < self._most:
+                behind = next(iter(self._behind))
+                del self._behind[behind]
+                self.touch(behind)
             return delivery.run
         return None
 
@@ -236,6 +250,11 @@ class Shipper:
             announcement = self._announcement(run)
             if announcement is None:
                 return []
+            if announcement.ended is not None:
+                if len(self._backlog) >= self._most:
+                    self._behind[run.info.run] = None
+                    return []
+                self._backlog.add(run.info.run)
             delivery.announced, delivery.more = True, False
             return [session.frame(announcement)]
         if not delivery.answered:

@@ -609,7 +609,11 @@ class Run:
         Its renames are not synced, so a power cut may undo them; a torn record is none, since a shim goes on
         only after the sync. A whole one may lack that sync, or the sync have failed: it is written once more.
         """
-        for temporary, name in (("starting", "started"), ("exit.json.new", "exit.json")):
+        for temporary, name in (
+            ("starting", "started"),
+            ("exit.json.new", "exit.json"),
+            ("closed.new", "closed"),
+        ):
             path = self.path / temporary
             row = _read_row(path)
             # In this order: the shim that wrote it had the lock, and may have begun after somebody saw it free.
@@ -1287,7 +1291,7 @@ class Spool(History):
         """Keep the spool under its limit; whether it is full all the same, so that shims stop reading.
 
         `acked` are the bytes the host holds durably of the runs in open/. To be called now and then; under
-        the limit it costs three stat calls a live run.
+        the limit it costs a few system calls a live run.
         """
         self._continue_survey()
         used = self._used_up(acked)

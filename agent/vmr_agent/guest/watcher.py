@@ -167,7 +167,7 @@ class Watcher:
         return None if self._due == _NEVER else self._due
 
     def due(self, now: float) -> bool:
-        """Whether there is cause to scan: an event, or a time that has come."""
+        """Whether there is cause to scan: a time that has come, or an event, unless such a time comes in a moment."""
         return self._due <= now or (self._events.heard and self._due > now + _JOIN_S)
 
     def alive(self) -> bool:
@@ -338,7 +338,12 @@ class Watcher:
         try:
             fd = os.open(start.name, _DIRECTORY, dir_fd=root)
         except OSError:
-            return  # vanished, or swapped, just now: the next scan sees what it is
+            # Vanished, or swapped, just now: the next scan sees what it is. Or it can't be opened, for as long as that
+            # may be: what was due here must not keep us awake, and each full scan tries again.
+            start.due = _NEVER
+            for unseen in start.entries.values():
+                unseen.due = _NEVER
+            return
         try:
             reason = _distrust(os.fstat(fd), show(start.name), self._trusted)
             if listing is not None:

@@ -63,6 +63,14 @@ class Starts:
             self._ours[vm] = start
             self.changed = True
 
+    def noted(self) -> dict[str, Start]:
+        """What was noted so far, for :meth:`take_back`."""
+        return dict(self._ours)
+
+    def take_back(self, noted: dict[str, Start]) -> None:
+        """Nothing was noted since."""
+        self._ours = noted
+
     def write(self) -> None:
         """Make it durable. OSError where that can't be."""
         rows = {**self._read(), **self._ours}

@@ -53,6 +53,9 @@ class Relay:
         and ``args``, in which text stands for bytes, by `os.fsdecode`.
         """
         request = _request(row, data)
+        before = self._asked.pop(request.request, None)
+        if before is not None:  # it lost its connection to us and has another; the old one is owed an answer
+            before({"id": row["id"], "ok": False, "again": True, "error": "asked for once more"})
         self._asked[request.request] = answer
         if self._held or self._full():
             self._held[request.request] = (request, data)
