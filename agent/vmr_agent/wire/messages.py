@@ -333,10 +333,6 @@ def pack(message: Message, *, to: bytes = b"", n: int = -1) -> bytes:
     cls = type(message)
     if cls is Unknown:
         raise Malformed("an unknown message can't be packed")
-    if cls is Ack:
-        quick = _pack_ack(message, to, n)
-        if quick is not None:
-            return quick
     payload: dict[str, Any] = {"type": cls.__name__.lower()}
     if cls is not Hello:
         if not _bin8(to) or not _uint(n):
@@ -368,11 +364,7 @@ def unpack(payload: bytes) -> Envelope:
 
     Raises :class:`MalformedMessage` where ``to`` and ``n`` could still be read: that frame used up its ``n``.
     """
-    envelope = None
-    if payload.startswith(_OUTPUT_START):
-        envelope = _unpack_output(payload)
-    elif payload.startswith(_PIECE_START):
-        envelope = _unpack_piece(payload)
+    envelope = _unpack_output(payload) if payload.startswith(_OUTPUT_START) else None
     if envelope is not None:
         return envelope
     try:
@@ -463,36 +455,6 @@ def output_head(
     return b"".join((head, *packed_marks, b"\xa4data\xc5", length.to_bytes(2, "big")))
 
 
-# An Ack without tails, one for each VM and sweep, likewise.
-_ACK = struct.Struct(">15s8s3sQ6s16s6sB8sQ8sQ7s")
-
-
-def _pack_ack(message: Any, to: bytes, n: int) -> Optional[bytes]:
-    """None for what :func:`pack` is to look at."""
-    run, state, stdout, stderr, tails = message
-    if (
-        tails is not None
-        or not (_bin8(to) and _bin16(run) and _uint(n) and _uint(state) and _uint(stdout) and _uint(stderr))
-        or state > 0x7F
-    ):
-        return None
-    return _ACK.pack(
-        b"\x88\xa4type\xa3ack\xa2to\xc4\x08",
-        to,
-        b"\xa1n\xcf",
-        n,
-        b"\xa3run\xc4\x10",
-        run,
-        b"\xa5state",
-        state,
-        b"\xa6stdout\xcf",
-        stdout,
-        b"\xa6stderr\xcf",
-        stderr,
-        b"\xa5tails\xc0",
-    )
-
-
 def _unpack_output(payload: bytes) -> Optional[Envelope]:
     """An Output packed as :func:`output_head` does; None for whatever else it is, which is judged key by key."""
     if len(payload) < OUTPUT_HEAD:
@@ -530,23 +492,12 @@ OUTPUT_MARK = _MARK.size
 """Bytes one mark takes."""
 
 _PIECE = struct.Struct(">17s8s3sQ10s16s4sQ6sH")
-_PIECE_START = b"\x86\xa4type\xa5piece\xa2to\xc4\x08"
-_PIECE_KEYS = (b"\xa1n\xcf", b"\xa7request\xc4\x10", b"\xa2at\xcf", b"\xa4data\xc5")
 
 
 def piece_head(request: bytes, at: int, length: int, *, to: bytes, n: int) -> bytes:
     """All of a Piece's payload but its last ``length`` bytes, which are the data themselves."""
-    first, second, third, last = _PIECE_KEYS
-    return _PIECE.pack(_PIECE_START, to, first, n, second, request, third, at, last, length)
-
-
-def _unpack_piece(payload: bytes) -> Optional[Envelope]:
-    """A Piece as :func:`piece_head` begins it, at half of what any other form of one takes; else None."""
-    if len(payload) < _PIECE.size:
-        return None
-    _, to, first, n, second, request, third, at, last, length = _PIECE.unpack_from(payload)
-    if (first, second, third, last) != _PIECE_KEYS or n > MAX_INT or at > MAX_INT or length > MAX_BIN:
-        return None
-    if len(payload) != _PIECE.size + length:
-        return None
-    return Envelope(Piece(request, at, payload[_PIECE.size :]), to, n)
+    # fmt: off
+    return _PIECE.pack(
+        b"\x86\xa4type\xa5piece\xa2to\xc4\x08", to, b"\xa1n\xcf", n,
+        b"\xa7request\xc4\x10", request, b"\xa2at\xcf", at, b"\xa4data\xc5", length,
+    )
