@@ -60,7 +60,7 @@ KNOWS = {
     "host": {"errors", "runs", "schedule", "wire", "control", "sizes", "host"},
     "host.firewheel_log": {"errors", "runs", "wire.messages"},
     "cli.arguments": {"errors", "sizes"},
-    "cli.output": {"runs"},
+    "cli.output": {"errors", "runs"},
     "cli.start": {"errors", "guest.settings", "guest.daemon", "cli.agent"},
     "cli.tables": {"errors", "sizes", "cli.arguments"},
     "cli.collected": {"errors", "runs", "schedule", "control", "host", "cli.output"},

@@ -633,6 +633,34 @@ def test_verbs_with_nowhere_to_write_or_to_stand_say_so_in_one_line(world: World
     assert (done.returncode, done.stderr) == (0, b"") and b"gr\\xf6\\xdfe" in done.stdout
 
 
+def test_what_a_vmr_prints_never_gets_into_a_socket(world: World) -> None:
+    """Where standard output is closed the next descriptor would have its number: that of the control socket."""
+    world.stage("-1/evil", """echo '{"verb": "hold"}'; echo err >&2; exit 3""")
+    world.start_daemon()
+    world.start_collector()
+    world.complete("-1/evil")
+    for program in ("vmr_agent.cli.start rerun", "vmr_agent.cli.host rerun Server"):
+        for closed, status in ((">&-", 1), ("2>&-", 3), (">&- 2>&-", 1), ("<&- >&- 2>&-", 1)):
+            command = f"{sys.executable} -m {program} -1/evil {closed}"
+            done = subprocess.run(command, shell=True, env=world.environment, capture_output=True, timeout=60)
+            assert done.returncode == status, (command, done)
+            assert done.stdout == (b"" if status == 1 else b'{"verb": "hold"}\n')
+            if closed == ">&-":
+                one_line(done, "cannot write to standard output: Bad file descriptor")
+    assert not (world.launch / ".hold").exists(), "a guest's output has become a request"
+    for verb in ("check", "diff -1/evil", "status"):
+        for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+            command = f"{sys.executable} -m vmr_agent.cli.start {verb} {closed}"
+            done = subprocess.run(command, shell=True, env=world.environment, capture_output=True, timeout=60)
+            assert b"Traceback" not in done.stderr, done
+
+
+def test_nothing_is_not_everything(world: World) -> None:
+    world.start_collector()
+    for verb in (["push", "", "Server", "/x"], ["pull", "", "Server", "x"], ["logs", "Server", ""]):
+        one_line(world.host(*verb), "must not be empty", status=2)
+
+
 def test_something_else_behind_the_control_socket_is_one_line(world: World) -> None:
     world.runtime.mkdir()
     path = world.runtime / "control"

@@ -156,6 +156,23 @@ def test_ps_names_who_keeps_a_run_open_that_has_exited(world: World) -> None:
     )
 
 
+def test_ps_shows_and_kill_hits_what_the_latest_attempt_left_first(world: World) -> None:
+    world.stage("-1/left", "echo $VMR_ATTEMPT; sleep 6$VMR_ATTEMPT & exit 0")
+    world.start_daemon()
+    wait_for(world, "-1/left")
+    for _ in range(2):
+        assert world.agent("rerun", "-1/left").returncode == 0
+    for attempt, others in ((3, "attempts 1, 2"), (2, "attempt 1"), (1, "")):
+        shown = world.agent("ps", "-1/left").stdout.decode()
+        assert f"sleep 6{attempt}" in shown and f"attempt {attempt} of -1/left has exited" in shown
+        assert (f"processes of {others} are left too" if others else "") in shown
+        assert ("are left too" in shown) is bool(others)
+        killed = world.agent("kill", "-1/left").stdout.decode()
+        assert killed.startswith(f"SIGTERM sent to attempt {attempt} of -1/left: sleep (")
+        until(lambda: f"sleep 6{attempt}" not in str(world.agent("ps", "-1/left").stdout), "it is gone")
+    assert world.agent("ps", "-1/left").returncode == 1
+
+
 # --- diff ----------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +287,7 @@ def test_status_watch_refreshes_until_ctrl_c(tutorial: World) -> None:
         terminal.shows("lines above", times=1)
         tutorial.agent("rerun", "-4/compress.py")
         terminal.shows("-4/compress.py    2")
-        assert terminal.interrupt() == 0
+        assert terminal.interrupt() == 130
         for screen in terminal.text.split("\x1b[H")[1:]:
             assert screen.rstrip("\n").count("\n") < 24
             assert all(len(line) <= 80 for line in screen.replace("\x1b[K", "").splitlines())
@@ -286,7 +303,7 @@ def test_status_watch_outlasts_the_daemon(tutorial: World) -> None:
         before = terminal.text.count("-4/compress.py")
         tutorial.start_daemon()
         terminal.shows("-4/compress.py", times=before + 1)
-        assert terminal.interrupt() == 0
+        assert terminal.interrupt() == 130
 
 
 # --- rerun --watch -------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any, Callable, Optional
 import pytest
 
 from tests.e2e.relay import Relay
+from tests.e2e.terminal import Terminal as GuestTerminal
 from tests.e2e.world import World, until
 from vmr_agent.cli import collected
 from vmr_agent.host.view import LoggedRun
@@ -241,13 +242,13 @@ def test_kill_says_what_it_hit_and_hold_and_start_say_where(running: World) -> N
     again = refused(running, "start", "Server")
     assert (
         "its time zero is set already" in again
-        and "the next experiment takes a collector of its own" in again
+        and "VMs launched anew, or reset, and then another collector" in again
     )
     done = running.host("start", "--in", "3")
     assert done.stdout.splitlines()[0] == b"time zero is in 3 s on 1 VM"
     assert b"Client is offline" in done.stdout and done.returncode == 0
     again = refused(running, "start")
-    assert "is set already" in again and "the next experiment takes a collector of its own" in again
+    assert "is set already" in again and "VMs launched anew, or reset, and then another collector" in again
 
 
 # --- mix and list --------------------------------------------------------------------------------------------
@@ -280,9 +281,10 @@ def test_mix_and_list_tell_how_every_vmr_stands(running: World) -> None:
     mix = rows(running, "mix")
     assert list(mix) == ["Server", "Client"]
     assert mix["Client"]["state"] == "offline" and mix["Client"]["reason"] == "nobody has connected"
+    assert (mix["Server"]["since_zero_s"], mix["Server"]["standstill"]) == (None, "")
     table = running.host("mix").stdout.decode().splitlines()
     assert table[0].split("  ")[0] == "VM" and "1 could not start" in table[1]
-    assert table[3].startswith("2 VMs: ") and "1 offline" in table[3]
+    assert table[3].startswith("2 VMs: ") and "1 offline" in table[3] and "time zero" not in table[3]
 
     listed = rows(running, "list", "Server")
     assert list(listed) == [
@@ -304,6 +306,33 @@ def test_mix_and_list_tell_how_every_vmr_stands(running: World) -> None:
     done = running.host("kill", "Server", "-1/holds", "--signal", "KILL")
     assert b"sleep (" in done.stdout
     running.complete("-1/holds")
+
+
+def test_mix_says_what_is_held_and_when_the_experiment_starts(running: World) -> None:
+    running.stage("5/later", "true")
+    running.host("hold")
+    until(lambda: rows(running, "mix")["Server"]["standstill"] == "held", "the host hears of it")
+    assert b"held" in running.host("mix").stdout.splitlines()[1]
+    running.host("start", "--in", "1000")
+    row = rows(running, "mix")["Server"]
+    assert -1000 < row["since_zero_s"] < -900
+    assert b"; time zero in 16 min" in running.host("mix").stdout.splitlines()[-1]
+    running.host("resume")
+    until(lambda: rows(running, "mix")["Server"]["standstill"] == "", "it hears of that too")
+
+
+def test_logs_of_what_could_not_start_say_why_on_a_terminal(running: World) -> None:
+    script = running.stage("-3/none", "true", commit=False) / "call_arguments.sh"
+    script.write_bytes(b"#!/no/such/interpreter\n")
+    script.chmod(0o777)
+    running.complete("-3/none")
+    terminal = Terminal(running, "logs", "Server", "-3/none")
+    terminal.shows(b"vmr-host: the interpreter of", b"is missing: /no/such/interpreter")
+    assert terminal.process.wait(30) == 0
+    with GuestTerminal(running, "logs", "-3/none") as in_guest:
+        in_guest.shows("is missing: /no/such/interpreter")
+    for done in (running.host("logs", "Server", "-3/none"), running.agent("logs", "-3/none")):
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), "they are the VMR's"
 
 
 def test_without_a_collector_what_it_wrote_still_speaks(running: World) -> None:

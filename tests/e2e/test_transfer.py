@@ -315,6 +315,7 @@ def test_errors_are_one_line_and_name_the_thing(up: World, room: Path) -> None:
         ("-4/nothing", here, f"Server:{up.launch}/-4/nothing: {none}"),
         ("/dev/null", here, "Server:/dev/null: is a device"),
         (here / "pipe", here, "is a named pipe"),
+        (here / "file", "/dev/stdout", "cannot pull to /dev/stdout: it replaces a file in one step"),
         (here / "file", room / "no" / "where", f"there is no directory {room}/no"),
         (here / "file", f"{room}/new/", "there is no such directory"),
         (here / "file", "/dev/null", "a device or the like"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from vmr_agent import __version__
-from vmr_agent.cli import arguments, guest, start, status
+from vmr_agent.cli import arguments, guest, output, start, status
 from vmr_agent.cli.arguments import Example
 from vmr_agent.cli.guest import remark
 from vmr_agent.cli.start import PROGRAM
@@ -63,7 +63,7 @@ def _parser() -> arguments.Parser:
             added.add_argument(
                 f"--{path.replace('_', '-')}",
                 metavar=option.value,
-                help=f"{option.help}; default: {option.default}",
+                help=f"{option.help}; default: ${guest_settings.variable(path)}, else {option.default}",
             )
         return added
 
@@ -158,8 +158,9 @@ space is passed over, with a word on a terminal; see overflow in vmr-agent.conf(
         """\
 Signal a VMR's whole process tree.
 
-Children that made themselves a session of their own are found too. It names the
-processes that got the signal, and does not wait for their end.
+Children that made themselves a session of their own are found too, as long as the
+script runs or somebody holds its pipes. It names the processes that got the signal,
+and does not wait for their end.
 """,
         Example("vmr-agent kill 1/bash", "TERM, to all of it"),
         Example("vmr-agent kill 1/bash --signal KILL", "when it doesn't listen"),
@@ -184,8 +185,8 @@ output open, even when the script itself has exited.
         """\
 Show what changed in a VMR's files since it was staged, or between two attempts.
 
-Text as diff -u has it; of other files, and of those too large to be kept (the setting
-keep_files), sizes and digests. No daemon is needed.
+Text as diff -u has it; of other files sizes and digests, of those too large to be kept (
+keep_files) sizes. No daemon is needed.
 """,
         Example("vmr-agent diff -4/compress.py", "what was staged, and what is there now"),
         Example("vmr-agent diff -4/compress.py --attempt 1 3", "what attempts 1 and 3 ran with"),
@@ -319,6 +320,9 @@ def _logs(args: argparse.Namespace, settings: Settings) -> int:
         guest.follow(run, printer, until_closed=True)
     else:
         printer.pass_on(last=True)
+    result = run.result()
+    if result is not None and (why := output.no_end(result.ending, result.text)):
+        remark(why)
     return 0
 
 

@@ -21,6 +21,7 @@ from vmr_agent.errors import show
 # can hold, and unmarked when it has been parsed.
 _NEGATIVE = re.compile(r"-\d[^/]*/.")
 _MARK = "\0"
+_WIDE = 60  # characters of a cell that its column is made wide for
 
 
 def mark(arguments: Sequence[str]) -> list[str]:
@@ -34,7 +35,14 @@ def protect(argument: str) -> str:
 
 
 def name(text: str) -> str:
-    """argparse's ``type`` for a VMR's name or any path."""
+    """argparse's ``type`` for a VMR's name or any path. Not empty: a shell's variable that is not set names nothing."""
+    if not word(text):
+        raise argparse.ArgumentTypeError("it must not be empty")
+    return word(text)
+
+
+def word(text: str) -> str:
+    """argparse's ``type`` for what may be anything."""
     return text.lstrip(_MARK)
 
 
@@ -142,8 +150,12 @@ def verb(verbs: Any, name: str, text: str, *examples: Example) -> Parser:
 
 
 def table(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> str:
-    """Rows as a table that lines up; the columns in ``right`` are set to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Rows as a table that lines up, but for cells so long that the others would be far away; the columns in ``right``
+    are set to the right."""
+    widths = [
+        max((len(row[column]) for row in rows if len(row[column]) <= _WIDE), default=0)
+        for column in range(len(rows[0]))
+    ]
     lines = []
     for row in rows:
         cells = [

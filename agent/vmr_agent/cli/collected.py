@@ -83,6 +83,8 @@ def silent(vm: str) -> dict[str, Any]:
         "online": False,
         "reason": "",
         "configured": None,
+        "since_zero_s": None,
+        "standstill": "",
         "states": {},
         "health": {},
         "disk": {},

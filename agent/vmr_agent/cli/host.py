@@ -72,7 +72,7 @@ def _parser() -> arguments.Parser:
             type=Path,
             default=_default_control(),
             metavar="PATH",
-            help="the collector's socket; default: /run/vmr-host/control, "
+            help="the collector's socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, "
             "for users $XDG_RUNTIME_DIR/vmr-host/control",
         )
         return added
@@ -204,7 +204,8 @@ be executed, 1 if it is lost. Ctrl-C ends the watching (130), not the run.
         """\
 Signal a VMR's whole process tree.
 
-Children that made themselves a session of their own are found too.
+Children that made themselves a session of their own are found too, as long as the
+script runs or somebody holds its pipes.
 """,
         Example("vmr-host kill Server 1/bash", "TERM, to all of it"),
         Example("vmr-host kill Server 1/bash --signal KILL", "when it doesn't listen"),
@@ -276,7 +277,7 @@ follows PROGRAM is an argument of it.
     stage.add_argument(
         "source", metavar="DIRECTORY|PROGRAM", type=arguments.name, help="a tree, or with --at a program"
     )
-    stage.add_argument("arguments", metavar="ARG", nargs="*", type=arguments.name, help="of the program")
+    stage.add_argument("arguments", metavar="ARG", nargs="*", type=arguments.word, help="of the program")
     stage.add_argument("--at", metavar="TIME", help="start time, to stage a program: as in -4 or 10.5, not 0")
     stage.add_argument("--name", metavar="NAME", help="of the VMR; default: the program's")
     start = verb(
@@ -406,6 +407,8 @@ def _vms(args: argparse.Namespace, *, aloud: bool = False) -> list[dict[str, Any
                 "online": vm["online"],
                 "reason": vm["reason"] if seen.answer else seen.why,
                 "configured": vm["configured"],
+                "since_zero_s": vm["since_zero_s"],
+                "standstill": vm["standstill"],
                 "vmrs": view.counts(seen.log_dir, vm["vm"], vm["states"]),
                 "health": vm["health"],
                 "disk": vm["disk"],
@@ -457,6 +460,10 @@ def _logs(args: argparse.Namespace) -> int:
         collected.follow(run, streams, until_closed=True)
     else:
         collected.Printer(run, streams).pass_on()
+    row = run.row() or {}
+    if row.get("state") in ("lost", "failed to start"):
+        ending, _, why = view.ending(row)
+        remark(output.no_end(ending, why))
     return 0
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Callable
 
+from vmr_agent.errors import Problem
 from vmr_agent.runs import Ending, Stream
 
 
@@ -20,9 +21,15 @@ def targets(streams: Sequence[Stream]) -> dict[Stream, int]:
 
 
 def put(target: int, data: bytes) -> None:
-    """All of it, unchanged."""
-    while data:
-        data = data[os.write(target, data) :]
+    """All of it, unchanged. Raises Problem where it can't be written; BrokenPipeError where nobody reads any more."""
+    try:
+        while data:
+            data = data[os.write(target, data) :]
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        which = "output" if target == 1 else "error"
+        raise Problem(f"cannot write to standard {which}: {error.strerror}") from None
 
 
 def gap_remark(stream: Stream, offset: int, length: int, reason: str) -> str:
@@ -52,8 +59,13 @@ def exit_status(program: str, ending: Ending, value: int, text: str) -> int:
         return value
     if ending is Ending.SIGNAL:
         return 128 + value
-    print(f"{program}: {'lost: ' if ending is Ending.LOST else ''}{text}", file=sys.stderr)
+    remark(program, no_end(ending, text), always=True)
     return 1 if ending is Ending.LOST else 126
+
+
+def no_end(ending: Ending, text: str) -> str:
+    """Why a run has neither exit code nor signal; empty for one that has."""
+    return {Ending.LOST: f"lost: {text}", Ending.ERRNO: text}.get(ending, "")
 
 
 def remark(program: str, sentence: str, *, always: bool = False) -> None:

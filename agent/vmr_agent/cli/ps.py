@@ -1,4 +1,4 @@
-"""What lives here: `vmr-agent ps`: the processes of a VMR's latest run as a tree, what they use, who holds its pipes.
+"""What lives here: `vmr-agent ps`: the processes of a VMR's run as a tree, what they use, who holds its pipes.
 
 It must not know: how processes are found. It asks nobody: a run's own files say where to look.
 """
@@ -18,7 +18,9 @@ from vmr_agent.guest.settings import Settings
 
 def ps(vmr: bytes, settings: Settings) -> int:
     """Print them."""
-    run = guest.runs_of(vmr, settings)[-1]
+    runs = guest.runs_of(vmr, settings)
+    held = [run for run in runs if run.locked()]
+    run = held[-1] if held else runs[-1]
     rows = processes.rows(run)
     own = {row.pid for row in rows}
     strangers = [pid for pid in processes.holders(run) if pid not in own]
@@ -37,6 +39,10 @@ def ps(vmr: bytes, settings: Settings) -> int:
         print(f"{what} has exited; its pipes are still held")
     if strangers:
         print(f"held by others too: {', '.join(f'pid {pid}' for pid in strangers)}")
+    earlier = [str(other.info.attempt) for other in held[:-1]]
+    if earlier:
+        which = f"attempt{'s' * (len(earlier) > 1)} {', '.join(earlier)}"
+        print(f"processes of {which} are left too: shown, and killed, when these are gone")
     return 0
 
 

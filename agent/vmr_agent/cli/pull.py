@@ -27,6 +27,7 @@ _SPAN = 32 * PIECE  # bytes asked for in one request
 _MOST = 1_000_000  # entries of a tree: ten times what anyone has, and what a VM may make us remember
 _FACTS = ("name", "kind", "size", "mode", "mtime", "id", "target")  # of an entry, as PROTOCOL.md has them
 _LONGEST = 4096  # characters of one of them: a link's target, PATH_MAX
+_STREAMS = (b"/dev/std", b"/dev/fd/", b"/proc/self/fd/")
 _MODE = 0o777  # of a file that a VM sends: with its set-uid bit others would run a VM's program as our user
 
 
@@ -55,6 +56,7 @@ def pull(args: argparse.Namespace) -> int:
 
 def _target(destination: bytes, name: bytes) -> bytes:
     """Where it goes: into a directory, or to just this path."""
+    given = destination
     if os.path.isdir(destination):
         if name in (b"", b".", b".."):
             raise Problem(f"cannot pull to {show(destination)}: give the name it shall have there")
@@ -66,6 +68,8 @@ def _target(destination: bytes, name: bytes) -> bytes:
     parent = os.path.dirname(os.path.abspath(destination))
     if not os.path.isdir(parent):
         raise Problem(f"cannot pull to {show(destination)}: there is no directory {show(parent)}")
+    if os.path.abspath(given).startswith(_STREAMS):  # which may lead to a file that others write to
+        raise Problem(f"cannot pull to {show(given)}: it replaces a file in one step, and none there can be")
     if os.path.exists(destination) and not os.path.isfile(destination) and not os.path.isdir(destination):
         raise Problem(f"cannot pull to {show(destination)}: a device or the like is there")
     return os.path.abspath(destination)

@@ -39,6 +39,7 @@ def daemon(settings: Optional[Settings] = None) -> int:
 
 def run(program: str, act: Callable[[], int]) -> int:
     """Run a verb: a Problem is one line and exit status 1; a closed pipe, a full disk or Ctrl-C is no traceback."""
+    _have_all_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(
@@ -46,8 +47,7 @@ def run(program: str, act: Callable[[], int]) -> int:
             )  # a terminal may be set to less than a name can hold
     try:
         status = act()
-        if sys.stdout is not None:  # closed by who started us
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
     except Problem as problem:
         print(f"{program}: {problem}", file=sys.stderr)
@@ -64,10 +64,26 @@ def run(program: str, act: Callable[[], int]) -> int:
         return 1
 
 
+def _have_all_streams() -> None:
+    """Have all three, whatever whoever started us has closed.
+
+    Else the next descriptor has the number of one: a socket that is connected gets what a VMR printed, as requests.
+    As gnulib's stdopen has it, what is written to an output that was closed fails, still; errors are for nobody then.
+    """
+    for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.dup2(os.open(os.devnull, flags), fd)  # which the open had given it already, as the lowest
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)
+
+
 def _abandon_stdout() -> None:
     """Python would complain once more when it flushes at exit."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def _watch(settings: Settings, edits: _Edits) -> int:
             time.sleep(max(_REFRESH_S, 4 * (time.monotonic() - began)))
     except KeyboardInterrupt:
         print()
-        return 0
+        return 130
 
 
 def _fitted(lines: Iterable[str], columns: int) -> list[str]:

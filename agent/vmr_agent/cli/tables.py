@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Optional
 
 from vmr_agent import sizes
 from vmr_agent.cli import arguments
@@ -37,6 +37,8 @@ VM_KEYS: Mapping[str, str] = {
     "online": "whether there is a session with it",
     "reason": "why there is none; else empty",
     "configured": "whether its negative times are over; null: not known",
+    "since_zero_s": "seconds since its time zero, less than 0 before it; null: not set, or not known",
+    "standstill": "why nothing that waits is started by schedule: held, or schedule is off; else empty",
     "vmrs": "object: how many of its VMRs are staged, waiting, refused, running, blocked, exited_zero, "
     "exited_nonzero, killed, failed_to_start, lost",
     "health": "object, with the last heartbeat: load_1m_milli (thousandths), cpus, memory_total, memory_available, "
@@ -96,6 +98,8 @@ def mix(vms: Sequence[Mapping[str, Any]]) -> Table:
         notes = [f"{counts[each]} {word}" for each, word in _NOTED.items() if counts[each]]
         if vm["state"] == "offline":
             notes.insert(0, vm["reason"])
+        if vm["standstill"]:
+            notes.insert(0, vm["standstill"])
         if vm["disk"].get("over"):
             notes.insert(0, f"over its quota of {sizes.shown(vm['disk']['quota'])}")
         rows.append(
@@ -104,8 +108,20 @@ def mix(vms: Sequence[Mapping[str, Any]]) -> Table:
     states = Counter(vm["state"] for vm in vms)
     below = ", ".join(f"{count} {state}" for state, count in states.most_common())
     below = f"{len(vms)} VM{'s' * (len(vms) != 1)}" + (f": {below}" if below else "")
+    below += _zero([vm["since_zero_s"] for vm in vms])
     head = ["VM", "STATE", "WAITING", *_COUNTED, "NOTE"]
     return Table(head, rows, frozenset(range(2, len(head) - 1)), below)
+
+
+def _zero(since: Sequence[Optional[float]]) -> str:
+    """When the experiment starts or started, where it is the same for all VMs."""
+    known = [seconds for seconds in since if seconds is not None]
+    if not known:
+        return ""
+    if len(known) < len(since) or max(known) - min(known) > EVERY:
+        return "; time zero is not the same for all"
+    seconds = arguments.duration(abs(known[0]))
+    return f"; time zero in {seconds}" if known[0] < 0 else f"; {seconds} after time zero"
 
 
 def vmrs(rows: Sequence[Mapping[str, Any]], below: str) -> Table:
@@ -189,7 +205,11 @@ def _live(draw: Callable[[], Table]) -> None:
         caption = rich.text.Text(table.below)
         shown = rich.table.Table(box=rich.box.SIMPLE, caption=caption, caption_justify="left", pad_edge=False)
         for column, name in enumerate(table.head):
-            shown.add_column(name, justify="right" if column in table.right else "left")
+            shown.add_column(
+                name,
+                justify="right" if column in table.right else "left",
+                no_wrap=column > 0 and name != "NOTE",
+            )
         for row in table.rows:
             shown.add_row(*map(rich.text.Text, row))  # as Text: markup in a guest's words stays as it is
         return shown

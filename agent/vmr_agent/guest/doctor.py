@@ -193,7 +193,8 @@ def _port_names() -> Iterator[str]:
 
 def _launch(settings: Settings) -> Iterator[Finding]:
     launch = settings.launch_dir
-    watcher = Watcher(launch, log=lambda _: None, events=False, mend=False)
+    passed_over: list[str] = []
+    watcher = Watcher(launch, log=passed_over.append, events=False, mend=False)
     watcher.scan(0.0, full=True)
     if watcher.problem is not None:
         remedy = "its owner must be root, and nobody else may write to it or to what is above it"
@@ -211,11 +212,23 @@ def _launch(settings: Settings) -> Iterator[Finding]:
     refused = [vmr for vmr in watcher.vmrs.values() if vmr.staging is Staging.REFUSED]
     refused.sort(key=lambda vmr: sort_key(vmr.name))
     for vmr in refused[:_NAMED]:
-        yield Finding(
-            "VMR", f"{show(vmr.name)} is refused: {vmr.reason}", "chown root, and chmod go-w, what it names"
-        )
+        yield Finding("VMR", f"{show(vmr.name)} is refused: {vmr.reason}", _remedy(vmr.reason))
     if len(refused) > _NAMED:
         yield Finding("VMR", f"{len(refused) - _NAMED} more are refused", "vmr-agent status lists them")
+    for line in passed_over[:_NAMED]:
+        yield Finding(
+            "launch directory", line, "it has <start time>/<name>/, as in -4/compress.py; 0 is no time"
+        )
+    if len(passed_over) > _NAMED:
+        yield Finding("launch directory", f"{len(passed_over) - _NAMED} more like it", f"ls {launch}")
+
+
+def _remedy(refused: str) -> str:
+    if "belongs to user" in refused:
+        return "chown root what it names" if os.geteuid() == 0 else "it must be yours or root's"
+    if "written to by others" in refused:
+        return "chmod go-w what it names; umask 022 makes it so"
+    return "put a regular file there"
 
 
 def _mount(path: Path) -> Path:

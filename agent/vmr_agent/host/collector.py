@@ -63,7 +63,7 @@ UNREAD = 4 << 20  # bytes that a command leaves unread, at most: one that pulls 
 MEASURE = 5.0  # s between looks for room, of a VM over its quota
 _REPLY = 30.0  # s; a guest that has not answered a request by then won't
 _UNHEARD = "connected, but vmr-agent is not heard"
-_NEXT = "the next experiment takes a collector of its own: end this one and start another"
+_NEXT = "the next experiment takes VMs launched anew, or reset, and then another collector"
 _LINE = 2_000  # characters; a guest's name for something may be longer
 
 
@@ -984,12 +984,15 @@ class Collector:
 
     def _vm(self, guest: Guest) -> dict[str, Any]:
         """What is known of a VM, but for what its files say."""
-        states = Counter(row.state for row in guest.rows.values())
+        zero, rows = self._zero if guest.zero is None else guest.zero, guest.rows.values()
+        states = Counter(row.state for row in rows)
         return {
             "vm": guest.vm,
             "online": guest.online,
             "reason": guest.reason,
             "configured": guest.configured,
+            "since_zero_s": self._now().seconds_since(zero) if zero is not None else None,
+            "standstill": next((row.reason for row in rows if row.state == "waiting" and row.reason), ""),
             "states": dict(states),
             "disk": {
                 "used": guest.store.quota.used,

@@ -19,7 +19,7 @@ function __vmr_host_options
     switch $argv[1]
         case collect
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
             printf '%s\t%s\n' '--log-dir' 'where logs and raw output go; default: $VMR_HOST_LOG_DIR'
             printf '%s\t%s\n' '--listen*' 'listen for a VM whose side connects'
             printf '%s\t%s\n' '--expect' 'start the experiment by itself when N VMs are configured'
@@ -27,51 +27,51 @@ function __vmr_host_options
             printf '%s\t%s\n' '--quota' 'disk that one VM\'s output and logs may take, earlier lives included; a VM over it keeps its output, and sends it when there is room. 0: no bound; default: 64G'
         case mix
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
             printf '%s\t%s\n' '--watch' 'show it again as it changes, until Ctrl-C'
             printf '%s\t%s\n' '--json' 'one array, one object a VM; see below for its keys'
             printf '%s\t%s\n' '--log-dir' 'read only this log directory; ask no collector'
         case list
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
             printf '%s\t%s\n' '--json' 'one array, one object a VMR; see below for its keys'
             printf '%s\t%s\n' '--log-dir' 'read only this log directory; ask no collector'
         case logs
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
             printf '%s\t%s\n' '--attempt' 'default: the latest'
             printf '%s\t%s\n' '--stream' 'default: both, each to its own'
             printf '%s\t%s\n' '--follow' 'go on until the run\'s pipes are closed'
             printf '%s\t%s\n' '--log-dir' 'read only this log directory; ask no collector'
         case rerun
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
             printf '%s\t%s\n' '--detach' 'start it and return once it has begun'
         case kill
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
             printf '%s\t%s\n' '--signal' 'name or number; default: TERM'
         case pull
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
         case push
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
         case stage
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
             printf '%s\t%s\n' '--at' 'start time, to stage a program: as in -4 or 10.5, not 0'
             printf '%s\t%s\n' '--name' 'of the VMR; default: the program\'s'
         case start
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
             printf '%s\t%s\n' '--in' 'from now; default: 0'
         case hold
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
         case resume
             printf '%s\t%s\n' '--help' 'show help and exit'
-            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
+            printf '%s\t%s\n' '--control' 'the collector\'s socket; default: $VMR_HOST_CONTROL, else /run/vmr-host/control, for users $XDG_RUNTIME_DIR/vmr-host/control'
     end
 end
 
