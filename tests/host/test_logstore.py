@@ -88,6 +88,27 @@ def test_bytes_are_acknowledged_once_they_are_durable(tmp_path: Path) -> None:
     assert (tmp_path / "vm1" / PATH / "stderr").read_bytes() == b"oops\n"
 
 
+@pytest.mark.parametrize("ending", [Ending.LOST, Ending.CODE])
+def test_a_vm_that_lost_with_its_power_what_is_not_durable_here_yet_was_not_set_back(
+    tmp_path: Path, ending: Ending
+) -> None:
+    """The sync of the log directory takes longer than the VM's boot: what it lost is here, and it can't know."""
+    reason = "" if ending is Ending.LOST else "the VM went down before it was over"
+    with opened(tmp_path) as store:
+        store.run(said.run())
+        store.output(said.output(b"it had this, and lost this"))
+        assert not store.life(said.hello(boot="second boot", boottime=5 * said.SECOND), said.T)
+        assert store.run(said.run()).stdout == 0
+        store.output(said.output(b"it had this"))
+        store.exit(said.exit(11, ending=ending.value))
+        assert store.closed(said.closed(11, reason=reason)) is None
+        assert store.sync() == [messages.Ack(RUN, RunState.CLOSED, 26, 0)]
+        assert store.closed(said.closed(11, reason=reason)) == messages.Ack(RUN, RunState.CLOSED, 11, 0)
+    row = result(tmp_path)
+    assert (row["stdout_bytes"], row["gaps"], row["closed"]) == (26, [], True)
+    assert (tmp_path / "vm1" / PATH / "stdout").read_bytes() == b"it had this, and lost this"
+
+
 def test_tails_cover_the_last_64_kib(tmp_path: Path) -> None:
     data = random.Random(1).randbytes(100_000)
     with opened(tmp_path) as store:
