@@ -83,6 +83,8 @@ def sort_key(vmr: bytes) -> tuple[StartTime, bytes]:
 def near(vmr: bytes, known: Iterable[bytes], *, otherwise: str = "vmr-agent status lists them") -> str:
     """A hint for somebody who named a VMR that there isn't: those he may have meant."""
     names = [show(each) for each in known]
+    if show(vmr) in names:
+        return f"bytes shown as \\x.. or \\n are typed $'{show(vmr)}'"  # bash's way to say any byte
     import difflib  # only for a name that was mistyped
 
     found = difflib.get_close_matches(show(vmr), names, n=3, cutoff=0.4)

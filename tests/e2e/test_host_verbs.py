@@ -421,6 +421,16 @@ def test_names_as_typed_and_of_any_bytes(running: World) -> None:
     running.stage(b"-1/--help", "echo dashes")
     shown = "-1/odd \\n\\xff name"
     until(lambda: rows(running, "list", "Server").get(shown, {}).get("closed"), "it ran")
+    for verb in (["logs", "Server"], ["rerun", "Server"], ["kill", "Server"]):
+        assert f"are typed $'{shown}'" in refused(running, *verb, shown)
+    for done in (running.agent("logs", shown), running.agent("rerun", shown)):
+        assert f"are typed $'{shown}'" in done.stderr.decode()
+    typed = subprocess.run(
+        ["bash", "-c", f"{' '.join(HOST)} logs Server $'{shown}'"],
+        env=running.environment,
+        capture_output=True,
+    )
+    assert typed.stdout == b"odd\n"
     for arguments, status, out in (
         ([b"rerun", b"Server", ODD], 0, b"odd\n"),
         ([b"logs", b"--attempt", b"2", b"Server", ODD, b"--stream", b"stdout"], 0, b"odd\n"),

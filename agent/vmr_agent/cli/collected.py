@@ -121,8 +121,8 @@ def attempt(seen: Seen, vm: str, vmr: bytes, number: Optional[int]) -> view.Logg
     """One attempt of a VMR, the latest for None. Raises Problem when nothing of it is held."""
     there = view.attempts(seen.log_dir, vm, vmr)
     if not there:
-        names = [str(row["vmr"]) for row in vmrs(seen, vm)]
-        if show(vmr) in names:
+        names = {str(row["vmr"]): row["attempt"] for row in vmrs(seen, vm)}
+        if names.get(show(vmr)) == 0:
             raise Problem(f"cannot find a run of {show(vmr)}: it has not run on {view.text(vm)} yet")
         hint = near(vmr, map(os.fsencode, names), otherwise=f"vmr-host list {view.text(vm)} lists them")
         raise Problem(f"cannot find a VMR {show(vmr)} on {view.text(vm)}", hint=hint)
