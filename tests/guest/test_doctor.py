@@ -99,7 +99,19 @@ def test_refused_vmrs_are_named_and_the_rest_counted(settings: Settings) -> None
         stage(settings, f"{number + 1}/x", mode=0o777)
     found = wrong(settings)
     assert len(found) == 6 and found[0].text.startswith("1/x is refused: its directory can be written to")
+    assert found[0].remedy == "chmod go-w what it names; umask 022 makes it so"
     assert found[-1].text == "3 more are refused"
+
+
+def test_what_is_passed_over_is_named(settings: Settings) -> None:
+    """Nothing in it is ever a VMR, and nothing else says so but the daemon's log."""
+    for name in ("0/zero", "05/x", "abc/x", "+4/x", "-4/good"):
+        stage(settings, name)
+    found = wrong(settings)
+    assert {each.text.rpartition("/")[2] for each in found} == {
+        f"{name}: it is no start time" for name in ("0", "05", "abc", "+4")
+    }
+    assert all(each.subject == "launch directory" and "-4/compress.py" in each.remedy for each in found)
 
 
 def test_a_spool_that_is_full_or_open_to_others(settings: Settings) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.host import said
 from vmr_agent import control
-from vmr_agent.cli import tables
+from vmr_agent.cli import arguments, tables
 from vmr_agent.errors import Problem
 from vmr_agent.host import collector, view
 from vmr_agent.host.logstore import LogStore
@@ -50,6 +50,19 @@ def test_vms_are_those_with_logs_by_their_own_names_and_once(tmp_path: Path) -> 
     assert sorted(view.vms(tmp_path)) == sorted(names)
     with pytest.raises(Problem, match=r"cannot read .*none"):
         view.vms(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "hint"),
+    [
+        ("vm", "did you mean vm1?"),
+        ("quite another", "the VMs are vm1"),
+        ("vm1~2", "the files of an earlier life of vm1 are in the log directory, for you to read"),
+        ("vm9~2", "did you mean vm1?"),
+    ],
+)
+def test_who_names_no_vm_is_told_which_there_are(wanted: str, hint: str) -> None:
+    assert view.near(wanted, ["vm1"]) == hint
 
 
 def test_what_has_not_run_comes_from_the_guest_and_what_has_from_the_files(tmp_path: Path) -> None:
@@ -125,6 +138,30 @@ def test_the_word_left_beside_the_socket(tmp_path: Path) -> None:
     assert view.word_left(tmp_path / "control") == odd
     (tmp_path / "control.log-dir").write_bytes(b"/half of a na")
     assert view.word_left(tmp_path / "control") is None
+
+
+@pytest.mark.parametrize(
+    ("since", "said"),
+    [
+        ([None, None], ""),
+        ([-7.5, -7.5], "; time zero in 7.50 s"),
+        ([65.0, 65.3], "; 65.00 s after time zero"),
+        ([65.0, None], "; time zero is not the same for all"),
+        ([65.0, 3.0], "; time zero is not the same for all"),
+        ([], ""),
+    ],
+)
+def test_when_the_experiment_starts_is_said_where_it_is_one(since: list[Any], said: str) -> None:
+    blank = {"vm": "a", "state": "offline", "reason": "", "standstill": "", "disk": {}}
+    counts = dict.fromkeys(view.COUNTS, 0)
+    table = tables.mix([{**blank, "vmrs": counts, "since_zero_s": each} for each in since])
+    assert table.below.partition("offline")[2] == said or not since
+
+
+def test_one_long_name_moves_no_other_row() -> None:
+    lines = arguments.table([["VMR", "STATE"], ["x" * 200, "exited"], ["-4/a", "waiting"]]).splitlines()
+    assert lines[0].index("STATE") == lines[2].index("waiting") == len("-4/a") + 2
+    assert lines[1] == "x" * 200 + "  exited"
 
 
 def test_what_a_guest_says_is_safe_on_a_terminal(tmp_path: Path) -> None:

@@ -69,6 +69,9 @@ def vms(log_dir: Path) -> list[str]:
 def near(wanted: str, names: Iterable[str]) -> str:
     """A hint for a name that isn't there: those that look like it, or else all."""
     there = list(names)
+    vm, _, number = wanted.rpartition("~")
+    if number.isdecimal() and vm in there:
+        return f"the files of an earlier life of {text(vm)} are in the log directory, for you to read"
     found = difflib.get_close_matches(wanted.lower(), {each.lower(): each for each in there}, n=3, cutoff=0.5)
     if found:
         return "did you mean " + " or ".join(text(each) for each in there if each.lower() in found) + "?"
