@@ -82,15 +82,14 @@ def sort_key(vmr: bytes) -> tuple[StartTime, bytes]:
 
 def near(vmr: bytes, known: Iterable[bytes], *, otherwise: str = "vmr-agent status lists them") -> str:
     """A hint for somebody who named a VMR that there isn't: those he may have meant."""
-    names = [show(each) for each in known]
-    if show(vmr) in names:
-        return f"bytes shown as \\x.. or \\n are typed $'{show(vmr)}'"  # bash's way to say any byte
     import difflib  # only for a name that was mistyped
 
-    found = difflib.get_close_matches(show(vmr), names, n=3, cutoff=0.4)
+    names, named = [show(each) for each in known], show(vmr)
+    if named in names:
+        return f"bytes shown as \\x.. or \\n are typed $'{named}'"  # bash's way to say any byte
+    found = difflib.get_close_matches(named, names, n=3, cutoff=0.4)
     if not found:  # the same directory name at another time
-        tail = show(vmr).rpartition("/")[2]
-        found = [each for each in names if each.rpartition("/")[2] == tail][:3]
+        found = [each for each in names if each.rpartition("/")[2] == named.rpartition("/")[2]][:3]
     return f"did you mean {' or '.join(found)}?" if found else otherwise
 
 

@@ -648,11 +648,38 @@ def test_what_a_vmr_prints_never_gets_into_a_socket(world: World) -> None:
             if closed == ">&-":
                 one_line(done, "cannot write to standard output: Bad file descriptor")
     assert not (world.launch / ".hold").exists(), "a guest's output has become a request"
+    done = subprocess.run(
+        f"{sys.executable} -c 'import vmr_agent.cli.start as s, vmr_agent.errors as e\n"
+        "def act():\n print(1)\n raise e.Problem(str(2))\nraise SystemExit(s.run(str(0), act))' >&-",
+        shell=True,
+        env=world.environment,
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (1, b"0: 2\n"), (
+        "what can't be written at the end is no second error"
+    )
     for verb in ("check", "diff -1/evil", "status"):
         for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
             command = f"{sys.executable} -m vmr_agent.cli.start {verb} {closed}"
             done = subprocess.run(command, shell=True, env=world.environment, capture_output=True, timeout=60)
             assert b"Traceback" not in done.stderr, done
+
+
+def test_a_daemon_without_streams_is_told_of_output_all_the_same(world: World) -> None:
+    """Its fork server's socket for kicks would have the number of one, which each shim makes another thing of."""
+    world.stage("-1/prints", "for i in {1..20}; do echo $i; sleep 0.05; done")
+    command = [sys.executable, "-m", "vmr_agent.cli.start", "run"]
+    closed = 'exec "$@" <&- >&- 2>&-'
+    world.daemon = subprocess.Popen(["/bin/sh", "-c", closed, "sh", *command], env=world.environment)
+    until(lambda: world.row("-1/prints").get("state") == "exited", "it ran")
+    server = next(
+        int(pid)
+        for pid in os.listdir("/proc")
+        if pid.isdecimal()
+        and b"forkserver.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        and f"\nPPid:\t{world.daemon.pid}\n" in Path(f"/proc/{pid}/status").read_text()
+    )
+    assert os.readlink(f"/proc/{server}/fd/2") == "/dev/null"
 
 
 def test_nothing_is_not_everything(world: World) -> None:

@@ -639,6 +639,37 @@ def test_what_was_over_before_the_host_heard_of_it_is_offered_so_much_at_once(
     assert BACKLOG <= MAX_OPEN_RUNS // 2
 
 
+def test_what_is_new_or_still_held_open_waits_for_no_backlog(
+    spool: Spool, make_link: Callable[..., Link]
+) -> None:
+    held = [begin(spool, vmr=b"-4/held%d" % number) for number in range(3)]
+    for run in held:
+        end(run, closed=False)  # a server holds its pipes
+    over = [begin(spool, vmr=b"-4/%d" % number) for number in range(4)]
+    for run in over:
+        end(run)
+    link = make_link(backlog=1)
+    link.run_dry()
+    assert link.answered == {run.info.run for run in (*held, over[0])}
+    new = begin(spool, vmr=b"-4/new")
+    end(new)
+    link.shipper.add(new)
+    link.run_dry()
+    assert new.info.run in link.answered, "somebody may wait for it"
+    for number, run in enumerate(over):
+        for other in over[number + 1 :]:
+            link.shipper.touch(other.info.run)  # each may have its turn before its place is free
+        link.run_dry()
+        waiting = [
+            run for run in link.answered if run not in {r.info.run for r in (*link.released, *held, new)}
+        ]
+        assert len(waiting) == 1, number
+        for each in over[::-1]:
+            link.shipper.touch(each.info.run)
+        link.ack(waiting[0])
+    assert {run.info.run for run in link.released} == {run.info.run for run in over}
+
+
 def test_a_run_that_has_not_started_is_not_announced(spool: Spool, make_link: Callable[..., Link]) -> None:
     run = spool.create(b"-4/a.sh", Trigger.SCHEDULE, boot_id=BOOT_ID, now_ns=1)
     link = make_link()

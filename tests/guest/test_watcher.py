@@ -900,20 +900,27 @@ def test_an_event_tells_of_the_hold(live: Live) -> None:
     live.until(lambda: not live.watcher.held)
 
 
-def test_what_is_heard_waits_for_what_settles_in_a_moment(live: Live) -> None:
+def test_what_is_heard_of_what_settles_in_a_moment_waits_for_that(live: Live) -> None:
     """One look for both: events come several at a time, and the last of them just before the first has settled."""
-    stage(live.root)
+    directory = stage(live.root, mode=0o644)
+    live.until(lambda: b"-4/x" in live.watcher.vmrs)
+    live.quiet()
+    (directory / "call_arguments.sh").chmod(0o755)
     live.until(lambda: live.watcher.settling)
     due = live.watcher.next_due()
     assert due is not None
-    (live.root / "-4" / "x" / "more").touch()
-    assert select.select([live.watcher], [], [], 20)[0]
-    assert not live.watcher.due(due - 0.01), "looked at what had not settled"
-    assert live.watcher.due(due - 1), "what settles late must not hold up the others"
-    live.watcher.hush()
-    assert live.watcher.due(due) and live.watcher.next_due() == due
+    for _ in range(2):
+        (directory / "data").write_bytes(b"other data")
+        heard = select.select([live.watcher], [], [], 20)[0]
+        while heard:  # each time, for it may be of another; and one change is told of in pieces
+            live.watcher.hush()
+            heard = select.select([live.watcher], [], [], 0.5)[0]
+        assert not live.watcher.due(due - 0.01), "looked at what had not settled"
+        assert live.watcher.due(due - 1) and live.watcher.due(due) and live.watcher.next_due() == due
     stage(live.root, "-4/other")
-    assert select.select([live.watcher], [], [], 0.5)[0] == [], "told twice"
+    while not live.watcher.due(due - 0.01):
+        assert select.select([live.watcher], [], [], 20)[0], "another has a time of its own"
+        live.watcher.hush()
     live.until(lambda: live.is_ready() and live.is_ready(b"-4/other"))
     live.quiet()
     stage(live.root, "-3/third")

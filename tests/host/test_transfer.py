@@ -409,9 +409,13 @@ class Passed:
             self._send, lambda *pieces: self.sent.append(pieces), lambda: self.online and self.room <= 0
         )
 
-    def ask(self, data: bytes = b"", **other: Any) -> None:
+    def ask(self, data: bytes = b"", *, client: object = None, **other: Any) -> None:
         self.relay.ask(
-            row(**other), data, lambda told, *data: self.heard.append((told, *data)), "it is offline"
+            row(**other),
+            data,
+            lambda told, *data: self.heard.append((told, *data)),
+            "it is offline",
+            client=client,
         )
 
     def _send(self, message: messages.Message) -> bool:
@@ -435,8 +439,10 @@ def test_a_request_goes_out_and_its_reply_comes_back() -> None:
 
 def test_who_asks_again_over_another_connection_is_answered_and_so_is_the_old_one() -> None:
     passed = Passed()
-    passed.ask(ask="stat", args={"path": "/x"})
-    passed.ask(ask="stat", args={"path": "/x"})
+    passed.ask(ask="stat", args={"path": "/x"}, client="old")
+    passed.ask(ask="stat", args={"path": "/x"}, client="old")
+    assert passed.heard == []
+    passed.ask(ask="stat", args={"path": "/x"}, client="new")
     assert [(told["ok"], told.get("again")) for (told,) in passed.heard] == [(False, True)], "the old one"
     passed.relay.take(messages.Reply(ID, True, "", {}))
     assert [told["ok"] for told, *_ in passed.heard] == [False, True]

@@ -13,7 +13,7 @@ import os as real_os
 import resource as real_resource
 import stat
 import types
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from typing import Any, Callable, Optional
 
@@ -472,6 +472,9 @@ class Events:
         pass
 
     close = stop
+
+    def only(self, vmrs: Container[bytes]) -> bool:
+        return bool(self.touched) and not self.vanished and all(name in vmrs for name in self.touched)
 
     def take(self) -> Hints:
         hints = Hints(frozenset(self.touched), frozenset(self.vanished), False)

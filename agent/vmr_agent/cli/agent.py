@@ -185,8 +185,8 @@ output open, even when the script itself has exited.
         """\
 Show what changed in a VMR's files since it was staged, or between two attempts.
 
-Text as diff -u has it; of other files sizes and digests, of those too large to be kept (
-keep_files) sizes. No daemon is needed.
+Text as diff -u has it; of other files sizes and digests; of those too large to be kept
+(the setting keep_files) sizes alone. No daemon is needed.
 """,
         Example("vmr-agent diff -4/compress.py", "what was staged, and what is there now"),
         Example("vmr-agent diff -4/compress.py --attempt 1 3", "what attempts 1 and 3 ran with"),

@@ -83,7 +83,7 @@ def silent(vm: str) -> dict[str, Any]:
         "online": False,
         "reason": "",
         "configured": None,
-        "since_zero_s": None,
+        "time_zero": None,
         "standstill": "",
         "states": {},
         "health": {},

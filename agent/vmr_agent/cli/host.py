@@ -407,8 +407,8 @@ def _vms(args: argparse.Namespace, *, aloud: bool = False) -> list[dict[str, Any
                 "online": vm["online"],
                 "reason": vm["reason"] if seen.answer else seen.why,
                 "configured": vm["configured"],
-                "since_zero_s": vm["since_zero_s"],
-                "standstill": vm["standstill"],
+                "time_zero": vm.get("time_zero"),  # a collector may be older than this
+                "standstill": vm.get("standstill", ""),
                 "vmrs": view.counts(seen.log_dir, vm["vm"], vm["states"]),
                 "health": vm["health"],
                 "disk": vm["disk"],

@@ -20,6 +20,7 @@ def ps(vmr: bytes, settings: Settings) -> int:
     """Print them."""
     runs = guest.runs_of(vmr, settings)
     held = [run for run in runs if run.locked()]
+    held += [run for run in runs[-1:] if run.result() is None and run not in held]  # its shim may be gone
     run = held[-1] if held else runs[-1]
     rows = processes.rows(run)
     own = {row.pid for row in rows}

@@ -51,9 +51,9 @@ def run(program: str, act: Callable[[], int]) -> int:
         return status
     except Problem as problem:
         print(f"{program}: {problem}", file=sys.stderr)
-        return 1
+        return _without_more(1)
     except KeyboardInterrupt:
-        return 130
+        return _without_more(130)
     except BrokenPipeError:
         _abandon_stdout()
         return 1
@@ -74,11 +74,20 @@ def _have_all_streams() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.dup2(os.open(os.devnull, flags), fd)  # which the open had given it already, as the lowest
+            os.set_inheritable(os.open(os.devnull, flags), True)  # it is `fd`, the lowest that is free
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)
+
+
+def _without_more(status: int) -> int:
+    """What was printed before is still to be written, if it can be."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _abandon_stdout()
+    return status
 
 
 def _abandon_stdout() -> None:

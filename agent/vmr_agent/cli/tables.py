@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 from vmr_agent import sizes
 from vmr_agent.cli import arguments
@@ -37,7 +37,8 @@ VM_KEYS: Mapping[str, str] = {
     "online": "whether there is a session with it",
     "reason": "why there is none; else empty",
     "configured": "whether its negative times are over; null: not known",
-    "since_zero_s": "seconds since its time zero, less than 0 before it; null: not set, or not known",
+    "time_zero": "as the host set it: UTC by its clock, as started in list --json; null: it has not set any. A VM that "
+    "set its own before goes by that",
     "standstill": "why nothing that waits is started by schedule: held, or schedule is off; else empty",
     "vmrs": "object: how many of its VMRs are staged, waiting, refused, running, blocked, exited_zero, "
     "exited_nonzero, killed, failed_to_start, lost",
@@ -108,20 +109,16 @@ def mix(vms: Sequence[Mapping[str, Any]]) -> Table:
     states = Counter(vm["state"] for vm in vms)
     below = ", ".join(f"{count} {state}" for state, count in states.most_common())
     below = f"{len(vms)} VM{'s' * (len(vms) != 1)}" + (f": {below}" if below else "")
-    below += _zero([vm["since_zero_s"] for vm in vms])
+    zeros = {vm["time_zero"] for vm in vms}
+    if zeros != {None} and vms:
+        zero = zeros.pop() if len(zeros) == 1 else None
+        below += (
+            f"; time zero {zero[:19].replace('T', ' ')} UTC"
+            if zero
+            else "; time zero is not the same for all"
+        )
     head = ["VM", "STATE", "WAITING", *_COUNTED, "NOTE"]
     return Table(head, rows, frozenset(range(2, len(head) - 1)), below)
-
-
-def _zero(since: Sequence[Optional[float]]) -> str:
-    """When the experiment starts or started, where it is the same for all VMs."""
-    known = [seconds for seconds in since if seconds is not None]
-    if not known:
-        return ""
-    if len(known) < len(since) or max(known) - min(known) > EVERY:
-        return "; time zero is not the same for all"
-    seconds = arguments.duration(abs(known[0]))
-    return f"; time zero in {seconds}" if known[0] < 0 else f"; {seconds} after time zero"
 
 
 def vmrs(rows: Sequence[Mapping[str, Any]], below: str) -> Table:

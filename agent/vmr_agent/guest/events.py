@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import warnings
+from collections.abc import Container
 from typing import Any, NamedTuple, Union
 
 _MAX_HINTS = 10_000  # VMRs named by events between two scans; more mean: look at everything
@@ -44,6 +45,7 @@ class Events:
         self._touched: set[bytes] = set()
         self._vanished: set[bytes] = set()
         self._everything = False
+        self._unnamed = False
         self._observer: Any = None
         self._threads: list[threading.Thread] = []
 
@@ -103,8 +105,14 @@ class Events:
                 os.close(self._read)
                 os.close(self._write)
 
+    def only(self, vmrs: Container[bytes]) -> bool:
+        """Whether what was heard is of these VMRs alone, as far as can be told."""
+        with self._lock:
+            named = bool(self._touched) and not (self._vanished or self._everything or self._unnamed)
+            return named and all(name in vmrs for name in self._touched)
+
     def hush(self) -> None:
-        """Be no longer readable for what was heard; it is kept for :meth:`take`."""
+        """Be no longer readable for what was heard so far; it is kept for :meth:`take`."""
         with self._lock:
             self._hush()
 
@@ -113,7 +121,7 @@ class Events:
             hints = Hints(frozenset(self._touched), frozenset(self._vanished), self._everything)
             self._touched.clear()
             self._vanished.clear()
-            self._everything = False
+            self._everything = self._unnamed = False
             self._hush()
             self.heard = False
         return hints
@@ -151,13 +159,15 @@ class Events:
     def _note(self, touched: set[bytes], vanished: set[bytes], *, everything: bool = False) -> None:
         with self._lock:
             self._everything = self._everything or everything
+            self._unnamed = self._unnamed or not touched
             if len(self._touched) + len(self._vanished) < _MAX_HINTS:
                 self._touched |= touched
                 self._vanished |= vanished
             else:
                 self._everything = True
-            if not self.heard and not self._closed:
-                self.heard = self._rung = True
+            self.heard = True
+            if not self._rung and not self._closed:
+                self._rung = True
                 os.write(self._write, b"!")
 
 
@@ -166,7 +176,6 @@ def _stop(observer: Any) -> None:
     thread = threading.Thread(target=observer.stop, daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # there can be no more threads
-        observer.stop()
-    else:
-        thread.join(1.0)
+    except RuntimeError:  # there can be no more threads; it is left behind
+        return
+    thread.join(1.0)

@@ -277,7 +277,7 @@ class Runner:
         now = time.monotonic()
         self._ordered.pop(run.info.run, None)
         self._ordered[run.info.run] = now  # the last of them
-        while now - self._ordered[first := next(iter(self._ordered))] >= _AGAIN_S:
+        while now - self._ordered[(first := next(iter(self._ordered)))] >= _AGAIN_S:
             del self._ordered[first]  # as good as none: short runs are over before anybody asks
         order = forkserver.pack_order(
             run=run.info.run,

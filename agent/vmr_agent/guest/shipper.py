@@ -43,6 +43,8 @@ class _Delivery:
         """Whether what ends the run may have come since it was last looked for."""
         self.more = False
         """Whether there may be more to say than what was said last, and that nobody will tell of."""
+        self.waited = False
+        """Whether it is older than the session."""
         self.forget_session()
 
     def forget_session(self) -> None:
@@ -159,6 +161,7 @@ class Shipper:
         self._behind.clear()
         for delivery in self._deliveries.values():
             delivery.forget_session()
+            delivery.waited = True
         self.touch_all()
 
     def ack(self, ack: messages.Ack) -> Optional[Run]:
@@ -192,6 +195,7 @@ class Shipper:
             self._in_flight -= delivery.in_flight
             del self._deliveries[ack.run]
             self._backlog.discard(ack.run)
+            self._behind.pop(ack.run, None)
             if self._behind and len(self._backlog) < self._most:
                 behind = next(iter(self._behind))
                 del self._behind[behind]
@@ -247,14 +251,16 @@ class Shipper:
     def _frames(self, delivery: _Delivery, session: Session) -> list[bytes]:
         run = delivery.run
         if not delivery.announced:
-            announcement = self._announcement(run)
-            if announcement is None:
-                return []
-            if announcement.ended is not None:
+            # Not what is new: somebody may wait for it. Nor what may live on, which would keep its place for ever.
+            if delivery.waited and run.closed() is not None:
                 if len(self._backlog) >= self._most:
                     self._behind[run.info.run] = None
                     return []
+                self._behind.pop(run.info.run, None)
                 self._backlog.add(run.info.run)
+            announcement = self._announcement(run)
+            if announcement is None:
+                return []
             delivery.announced, delivery.more = True, False
             return [session.frame(announcement)]
         if not delivery.answered:

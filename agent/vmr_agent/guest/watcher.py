@@ -37,7 +37,7 @@ _MAX_FILES = 10_000
 _WALK_S = 1.0
 _WALK_STALE_S = 30.0
 
-_JOIN_S = 0.02  # for what settles within that time an event waits, to be looked at with it
+_JOIN_S = 0.02  # for what settles within that time what is heard of it waits, to be looked at with it
 _TICK_S = 0.02  # more than the kernel's clock tick, by which it says when a directory was changed
 _MAX_DOUBLINGS = 5  # of `settle`, for a tree that is written to after its x bit was set
 _MAX_NAMED = 1000  # lines in the log about what isn't a VMR
@@ -159,7 +159,7 @@ class Watcher:
         return self._events.fileno()
 
     def hush(self) -> None:
-        """The hint was heard: :meth:`due` and :meth:`next_due` tell when to look."""
+        """What is hinted at so far was heard: :meth:`due` and :meth:`next_due` tell when to look."""
         self._events.hush()
 
     def next_due(self) -> Optional[float]:
@@ -167,8 +167,14 @@ class Watcher:
         return None if self._due == _NEVER else self._due
 
     def due(self, now: float) -> bool:
-        """Whether there is cause to scan: a time that has come, or an event, unless such a time comes in a moment."""
-        return self._due <= now or (self._events.heard and self._due > now + _JOIN_S)
+        """Whether there is cause to scan: a time that has come, or an event.
+
+        Those of a VMR that will have settled in a moment are none, for one change makes several.
+        """
+        if self._due <= now or not self._events.heard:
+            return self._due <= now
+        soon = {name for name, entry in self._unready.items() if entry.due <= now + _JOIN_S}
+        return not (soon and self._events.only(soon))
 
     def alive(self) -> bool:
         """Whether events come in as far as they can be had; if not, the next scan sees to it."""

@@ -36,7 +36,7 @@ from vmr_agent.host.quota import Measured
 from vmr_agent.host.renderer import RendererProcess
 from vmr_agent.host.starts import Moment, Starts
 from vmr_agent.host.transfer import Relay
-from vmr_agent.runs import Stream
+from vmr_agent.runs import Stream, timestamp
 from vmr_agent.schedule import near, parse_vmr
 from vmr_agent.wire import messages
 from vmr_agent.wire.session import PROTOCOL, Ended, Opened, Role, Session
@@ -927,7 +927,8 @@ class Collector:
         guest = self._guest(request)
         pay = self._owe(client)
         try:
-            guest.relay.ask(request, request.get("data", b""), pay, f"{guest.vm} is offline: {guest.reason}")
+            why = f"{guest.vm} is offline: {guest.reason}"
+            guest.relay.ask(request, request.get("data", b""), pay, why, client=client)
         except Problem:
             client.owed -= 1
             raise
@@ -991,7 +992,7 @@ class Collector:
             "online": guest.online,
             "reason": guest.reason,
             "configured": guest.configured,
-            "since_zero_s": self._now().seconds_since(zero) if zero is not None else None,
+            "time_zero": timestamp(zero.wall_ns) if zero is not None else None,
             "standstill": next((row.reason for row in rows if row.state == "waiting" and row.reason), ""),
             "states": dict(states),
             "disk": {

@@ -48,6 +48,7 @@ class Starts:
     def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
         self._ours: dict[str, Start] = {}
+        self._void: dict[str, Start] = {}
         self._found = self._read()
         self.changed = False
         """What was noted is not durable yet."""
@@ -68,12 +69,14 @@ class Starts:
         return dict(self._ours)
 
     def take_back(self, noted: dict[str, Start]) -> None:
-        """Nothing was noted since."""
-        self._ours = noted
+        """Nothing was noted since; nor is it to be kept, where it came as far as the disk."""
+        self._void = {vm: start for vm, start in self._ours.items() if noted.get(vm) != start}
+        self._ours, self.changed = noted, True
 
     def write(self) -> None:
         """Make it durable. OSError where that can't be."""
-        rows = {**self._read(), **self._ours}
+        kept = {vm: start for vm, start in self._read().items() if self._void.get(vm) != start}
+        rows = {**kept, **self._ours}
         content = {vm: [start.spool, start.everybody, list(start.zero)] for vm, start in rows.items()}
         replace_durably(self._log_dir, _FILE, json.dumps(content).encode())
         self.changed = False

@@ -40,26 +40,30 @@ class Relay:
         request should wait; :meth:`go_on` is to be called when that has changed."""
         self._send, self._send_pieces, self._full = send, send_pieces, full
         self._asked: dict[bytes, Answer] = {}
+        self._askers: dict[bytes, object] = {}
         self._held: dict[bytes, tuple[messages.Request, bytes]] = {}
         """Those of them that are not sent yet, in their order, with what they are to write."""
         self._pieces: list[messages.Piece] = []
         """Of one request, one following the other, not passed back yet."""
         self._size = 0
 
-    def ask(self, row: Mapping[str, Any], data: bytes, answer: Answer, offline: str) -> None:
-        """Pass a request on; ``offline`` says why that can't be when it can't.
+    def ask(
+        self, row: Mapping[str, Any], data: bytes, answer: Answer, offline: str, *, client: object = None
+    ) -> None:
+        """Pass a ``client``'s request on; ``offline`` says why that can't be when it can't.
 
         ``row`` has the request's ``id`` in hex digits, so that asking again is the same request, ``ask``, the verb,
         and ``args``, in which text stands for bytes, by `os.fsdecode`.
         """
         request = _request(row, data)
-        before = self._asked.pop(request.request, None)
-        if before is not None:  # it lost its connection to us and has another; the old one is owed an answer
-            before({"id": row["id"], "ok": False, "again": True, "error": "asked for once more"})
-        self._asked[request.request] = answer
+        before = self._asked.get(request.request)
+        if before is not None and self._askers[request.request] is not client:
+            # Who asked lost his connection to us and has another; the old one is owed an answer.
+            before({"id": row["id"], "ok": False, "again": True, "error": "asked over another connection"})
+        self._asked[request.request], self._askers[request.request] = answer, client
         if self._held or self._full():
             self._held[request.request] = (request, data)
-        elif not self._pass_on(request, data) and self._asked.pop(request.request, None) is not None:
+        elif not self._pass_on(request, data) and self._forget(request.request):
             # Else the session has ended meanwhile, and it is answered already.
             answer({"id": row["id"], "ok": False, "again": True, "error": offline})
 
@@ -94,7 +98,7 @@ class Relay:
         if answer is None:
             return False
         self.flush()
-        del self._asked[reply.request]
+        self._forget(reply.request)
         data = reply.result.get("data")
         result = {
             key: os.fsdecode(value) if isinstance(value, bytes) else value
@@ -114,9 +118,14 @@ class Relay:
         """The session is over: what it hasn't answered is to be asked again."""
         self.flush()
         self._held.clear()
-        asked, self._asked = self._asked, {}
+        asked, self._asked, self._askers = self._asked, {}, {}
         for request, answer in asked.items():
             answer({"id": request.hex(), "ok": False, "again": True, "error": reason})
+
+    def _forget(self, request: bytes) -> bool:
+        """Whether it was to be answered still."""
+        self._askers.pop(request, None)
+        return self._asked.pop(request, None) is not None
 
     def _pass_on(self, request: messages.Request, data: bytes) -> bool:
         if not self._send(request):
