@@ -196,10 +196,7 @@ class Shipper:
             del self._deliveries[ack.run]
             self._backlog.discard(ack.run)
             self._behind.pop(ack.run, None)
-            if self._behind and len(self._backlog) < self._most:
-                behind = next(iter(self._behind))
-                del self._behind[behind]
-                self.touch(behind)
+            self._let_in()
             return delivery.run
         return None
 
@@ -215,6 +212,13 @@ class Shipper:
         return self._next_piece(session) or (self._next_output(session) if self._pieces_turn else [])
 
     # --- inside ---
+
+    def _let_in(self) -> None:
+        """The next of those behind takes a place in the backlog that is free."""
+        if self._behind and len(self._backlog) < self._most:
+            behind = next(iter(self._behind))
+            del self._behind[behind]
+            self.touch(behind)
 
     def _next_piece(self, session: Session) -> list[bytes]:
         while self._stretch is None and self._pieces:
@@ -252,15 +256,17 @@ class Shipper:
         run = delivery.run
         if not delivery.announced:
             # Not what is new: somebody may wait for it. Nor what may live on, which would keep its place for ever.
-            if delivery.waited and run.closed() is not None:
-                if len(self._backlog) >= self._most:
-                    self._behind[run.info.run] = None
-                    return []
-                self._behind.pop(run.info.run, None)
-                self._backlog.add(run.info.run)
+            over = delivery.waited and run.closed() is not None
+            if over and len(self._backlog) >= self._most:
+                self._behind[run.info.run] = None
+                return []
+            self._behind.pop(run.info.run, None)
             announcement = self._announcement(run)
             if announcement is None:
+                self._let_in()
                 return []
+            if over:
+                self._backlog.add(run.info.run)
             delivery.announced, delivery.more = True, False
             return [session.frame(announcement)]
         if not delivery.answered:
