@@ -397,9 +397,8 @@ class Supervisor:
         entry = self.known(name)
         running = [run for run in entry.unfinished.values() if run.result() is None]
         left = [run for run in self.live.values() if run.info.vmr == entry.name and run.closed() is None]
-        for run in running or sorted(
-            left, key=lambda run: -run.info.attempt
-        ):  # as ps shows them: the latest first
+        left.sort(key=lambda run: -run.info.attempt)  # the latest first, as ps shows them
+        for run in running or left:
             if run.started() is None and run.result() is None:
                 raise Problem(
                     f"cannot kill {show(entry.name)}: its script has not begun: {run.blocked() or 'it is about to'}"

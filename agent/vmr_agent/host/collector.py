@@ -751,15 +751,10 @@ class Collector:
     def start(self, delay: float) -> None:
         """Set time zero ``delay`` seconds from now, for all VMs, also those that come later. OSError where it can't
         be kept, and then it is not set."""
-        zero, noted = self._now().after(delay), self._starts.noted()
-        for guest in self.guests.values():
-            if guest.zero is None:
-                self._note_start(guest, zero)
-        try:
-            self._starts.write()
-        except OSError:
-            self._starts.take_back(noted)  # or the next heartbeat of any VM would find it set
-            raise
+        zero = self._now().after(delay)
+        self._starts.keep(
+            {each.vm: each.store.spool for each in self.guests.values() if each.zero is None}, zero
+        )
         self._zero = zero
         for guest in self.guests.values():
             guest.send(messages.Start(delay=int(delay * 1e9)))

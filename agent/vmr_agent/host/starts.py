@@ -7,6 +7,7 @@ this is the same experiment still, by the spool it had when it was told. It must
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -49,6 +50,7 @@ class Starts:
         self._log_dir = log_dir
         self._ours: dict[str, Start] = {}
         self._void: dict[str, Start] = {}
+        """What could not be kept, and may be on the disk all the same."""
         self._found = self._read()
         self.changed = False
         """What was noted is not durable yet."""
@@ -64,14 +66,18 @@ class Starts:
             self._ours[vm] = start
             self.changed = True
 
-    def noted(self) -> dict[str, Start]:
-        """What was noted so far, for :meth:`take_back`."""
-        return dict(self._ours)
-
-    def take_back(self, noted: dict[str, Start]) -> None:
-        """Nothing was noted since; nor is it to be kept, where it came as far as the disk."""
-        self._void = {vm: start for vm, start in self._ours.items() if noted.get(vm) != start}
-        self._ours, self.changed = noted, True
+    def keep(self, spools: Mapping[str, Optional[bytes]], zero: Moment) -> None:
+        """Note the start of everybody, for these VMs, and make it durable. OSError where that can't be, and then it is
+        none: not here, nor on the disk, where it may have come as far as that."""
+        before = dict(self._ours)
+        for vm, spool in spools.items():
+            self.note(vm, spool, everybody=True, zero=zero)
+        try:
+            self.write()
+        except OSError:
+            self._void = {vm: start for vm, start in self._ours.items() if before.get(vm) != start}
+            self._ours, self.changed = before, True
+            raise
 
     def write(self) -> None:
         """Make it durable. OSError where that can't be."""

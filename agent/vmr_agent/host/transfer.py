@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from vmr_agent import control
 from vmr_agent.errors import Problem, show
@@ -21,6 +21,11 @@ Answer = Callable[..., None]
 VERBS = frozenset(
     ("stat", "list", "read", "digest", "write", "place", "mkdir", "link", "rename", "remove", "sync", "stage")
 )
+
+
+class _Asked(NamedTuple):
+    answer: Answer
+    client: object
 
 
 class Relay:
@@ -39,8 +44,7 @@ class Relay:
         """``send_pieces``: sends what a request, by its id, has of a file from an offset on. ``full``: whether a
         request should wait; :meth:`go_on` is to be called when that has changed."""
         self._send, self._send_pieces, self._full = send, send_pieces, full
-        self._asked: dict[bytes, Answer] = {}
-        self._askers: dict[bytes, object] = {}
+        self._asked: dict[bytes, _Asked] = {}
         self._held: dict[bytes, tuple[messages.Request, bytes]] = {}
         """Those of them that are not sent yet, in their order, with what they are to write."""
         self._pieces: list[messages.Piece] = []
@@ -57,13 +61,15 @@ class Relay:
         """
         request = _request(row, data)
         before = self._asked.get(request.request)
-        if before is not None and self._askers[request.request] is not client:
+        if before is not None and before.client is not client:
             # Who asked lost his connection to us and has another; the old one is owed an answer.
-            before({"id": row["id"], "ok": False, "again": True, "error": "asked over another connection"})
-        self._asked[request.request], self._askers[request.request] = answer, client
+            before.answer(
+                {"id": row["id"], "ok": False, "again": True, "error": "asked over another connection"}
+            )
+        self._asked[request.request] = _Asked(answer, client)
         if self._held or self._full():
             self._held[request.request] = (request, data)
-        elif not self._pass_on(request, data) and self._forget(request.request):
+        elif not self._pass_on(request, data) and self._asked.pop(request.request, None) is not None:
             # Else the session has ended meanwhile, and it is answered already.
             answer({"id": row["id"], "ok": False, "again": True, "error": offline})
 
@@ -90,15 +96,15 @@ class Relay:
             pieces, self._pieces, self._size = self._pieces, [], 0
             first = pieces[0]
             row = {"id": first.request.hex(), "ok": True, "follows": True, "at": first.at}
-            self._asked[first.request](row, *(each.data for each in pieces))
+            self._asked[first.request].answer(row, *(each.data for each in pieces))
 
     def take(self, reply: messages.Reply) -> bool:
         """Pass a reply back; False when it answers nothing of this."""
-        answer = self._asked.get(reply.request)
-        if answer is None:
+        asked = self._asked.get(reply.request)
+        if asked is None:
             return False
         self.flush()
-        self._forget(reply.request)
+        del self._asked[reply.request]
         data = reply.result.get("data")
         result = {
             key: os.fsdecode(value) if isinstance(value, bytes) else value
@@ -111,21 +117,16 @@ class Relay:
             "error": show(reply.error.encode()),
             "result": result,
         }
-        answer(row, data if isinstance(data, bytes) else b"")
+        asked.answer(row, data if isinstance(data, bytes) else b"")
         return True
 
     def ended(self, reason: str) -> None:
         """The session is over: what it hasn't answered is to be asked again."""
         self.flush()
         self._held.clear()
-        asked, self._asked, self._askers = self._asked, {}, {}
-        for request, answer in asked.items():
-            answer({"id": request.hex(), "ok": False, "again": True, "error": reason})
-
-    def _forget(self, request: bytes) -> bool:
-        """Whether it was to be answered still."""
-        self._askers.pop(request, None)
-        return self._asked.pop(request, None) is not None
+        asked, self._asked = self._asked, {}
+        for request, each in asked.items():
+            each.answer({"id": request.hex(), "ok": False, "again": True, "error": reason})
 
     def _pass_on(self, request: messages.Request, data: bytes) -> bool:
         if not self._send(request):
