@@ -1048,6 +1048,30 @@ def test_a_start_that_could_not_be_kept_is_none(host: Host) -> None:
     good.close()
 
 
+def test_a_start_that_came_to_the_disk_and_is_not_durable_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its name when the sync of that name fails: the next collector must not believe it."""
+    spools = {"vm": b"s" * 16, "later": None}
+    starts = Starts(tmp_path)
+
+    def failing(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing)
+        with pytest.raises(OSError):
+            starts.keep(spools, Moment("boot", 5, 5))
+    assert starts.of("vm", b"s" * 16) is None and starts.changed
+    assert Starts(tmp_path).of("vm", b"s" * 16) is not None, "else this shows nothing"
+    starts.write()  # as each second
+    assert Starts(tmp_path).of("vm", b"s" * 16) is None
+    zero = Moment("boot", 6, 6)
+    starts.keep(spools, zero)
+    kept = Starts(tmp_path).of("vm", b"s" * 16)
+    assert kept is not None and (kept.everybody, kept.zero) == (True, zero)
+
+
 def test_a_collector_that_is_started_again_keeps_the_start_by_itself(host: Host) -> None:
     good = Guest(host.socket("good")).open()
     start(host, delay=1_000)
